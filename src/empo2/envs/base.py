@@ -1,0 +1,60 @@
+"""What an environment offers besides `Environment` (types.py): its tasks, splits, instructions and worked examples."""
+
+from typing import Any, Literal, Protocol
+
+from empo2.config import nearest
+from empo2.errors import ConfigError
+from empo2.types import Environment, Task, WorkedExample
+
+Split = Literal["train", "dev", "test"]
+
+
+class Suite(Protocol):
+    """All tasks of one environment. Cheap to make, picklable; `open` runs in a worker process."""
+
+    name: str
+    per_worker: int  #: environments that one worker process may hold; 1 where each starts a process of its own
+
+    def task_names(self) -> tuple[str, ...]: ...
+
+    def variations(self, task_name: str, split: Split) -> tuple[int, ...]: ...
+
+    def instructions(self) -> str:
+        """The system message: how to act here."""
+        ...
+
+    def check(self) -> None:
+        """Raise MissingPart if something needed to open an environment is not there."""
+        ...
+
+    def open(self) -> Environment: ...
+
+
+class HasWorkedExamples(Protocol):
+    """An environment that can solve its own tasks."""
+
+    def worked_example(self, task: Task) -> WorkedExample | None: ...
+
+
+SUITES = ("scienceworld", "toy")
+
+
+def suite(name: str, **options: Any) -> Suite:
+    """The suite of a built-in environment. ``options``: see its class. Raises ConfigError for an unknown name."""
+    if name == "scienceworld":
+        from empo2.envs.scienceworld import ScienceWorldSuite
+
+        return ScienceWorldSuite(**options)
+    if name == "toy":
+        from empo2.envs.toy import ToySuite
+
+        return ToySuite()
+    raise ConfigError(f"there is no environment {name!r}; known: {', '.join(SUITES)}; set env.name")
+
+
+def check_tasks(suite: Suite, task_names: tuple[str, ...]) -> None:
+    """Raise ConfigError for a task that the suite does not have."""
+    known = suite.task_names()
+    for name in task_names:
+        if name not in known:
+            raise ConfigError(f"{suite.name} has no task {name!r}; {nearest(name, known)} `empo2 envs` lists all")

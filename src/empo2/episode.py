@@ -1,0 +1,228 @@
+"""A live episode: renders each turn with and without tips when it is created, and keeps the record. Pure.
+
+A prompt is put together from pieces, each tokenized once: the opening (system, worked examples, task, an observation),
+then per turn the completion exactly as sampled and the following observation. Which pieces carry tips, and at which
+turn the prompt begins, is all that `memory.placement` and `prompt.history` change.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from empo2 import prompts
+from empo2.chat import ChatFormat
+from empo2.memory import Retrieval
+from empo2.sequences import common_prefix
+from empo2.types import (
+    Completion,
+    Ending,
+    EpisodePlan,
+    Rendering,
+    StepResult,
+    Tip,
+    TokenIds,
+    Trajectory,
+    Turn,
+    WorkedExample,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRules:
+    """How prompts are put together; the same for all episodes of a collector."""
+
+    chat: ChatFormat
+    instructions: str
+    max_tokens: int  #: longest episode
+    max_action_tokens: int
+    window_turns: int | None  #: None: the whole history
+    tips_stay: bool  #: tips stay in the turn where they were shown; False: only the current turn shows tips
+    max_tip_tokens: int
+
+
+@dataclass
+class _Open:
+    """A turn whose completion is still to come."""
+
+    observation: str
+    state: str
+    tips: tuple[Tip, ...] = ()
+    retrieved: Retrieval | None = None
+
+
+@dataclass
+class LiveEpisode:
+    """One episode from reset to end. ``slot`` is where its environment and its KV cache live."""
+
+    plan: EpisodePlan
+    slot: int
+    rules: PromptRules
+    examples: Sequence[WorkedExample]
+    restarts: int = 0
+    task_text: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    ending: Ending | None = None
+    success: bool = False
+    _opens: list[_Open] = field(default_factory=list)
+    _pieces: dict[tuple[int, bool, bool], TokenIds] = field(default_factory=dict)
+    _prompt: TokenIds = ()
+    _plain: TokenIds = ()
+    _before: TokenIds = ()
+    _plain_before: TokenIds = ()
+    _tip_tokens_shown: int = 0
+    _under_way: dict[str, Any] | None = None  # the turn whose action the environment is working on
+
+    def begin(self, observation: str, info: dict[str, Any]) -> None:
+        """Take the environment's first observation; a restarted episode forgets what it did."""
+        self.turns, self._opens, self.ending, self.success = [], [], None, False
+        self._under_way = None
+        self._pieces.clear()
+        self._before = self._plain_before = ()
+        self._tip_tokens_shown = 0
+        self.task_text = str(info.get("task", ""))
+        self._opens.append(_Open(observation, str(info.get("state") or observation)))
+
+    @property
+    def state(self) -> str:
+        """State text of the turn that is to be acted in, or after the last action."""
+        return self._opens[-1].state
+
+    @property
+    def observation(self) -> str:
+        return self._opens[-1].observation
+
+    @property
+    def score(self) -> float:
+        return sum(turn.reward for turn in self.turns)
+
+    @property
+    def acting(self) -> bool:
+        """Whether an action is under way in the environment."""
+        return self._under_way is not None
+
+    def next_prompt(self, retrieved: Retrieval) -> TokenIds | None:
+        """The prompt of the coming turn, with the retrieved tips that are new to the episode and fit the budget.
+
+        None, and the episode has ended, if the turn does not fit ``max_tokens``.
+        """
+        room = self.rules.max_tokens - self.rules.max_action_tokens
+        current = self._opens[-1]
+        self._plain = self._assemble(plain=True)
+        current.tips, current.retrieved = self._fitting(retrieved.tips, room), retrieved
+        self._prompt = self._assemble(plain=False)
+        if max(len(self._prompt), len(self._plain)) > room:
+            self.ending = Ending.TOKEN_LIMIT
+            return None
+        return self._prompt
+
+    def act(self, completion: Completion) -> str:
+        """Record the policy's completion; the action for the environment."""
+        action, parsed = prompts.action_of(completion.text)
+        current = self._opens[-1]
+        self._under_way = dict(
+            observation=current.observation,
+            state=current.state,
+            tips=current.tips,
+            prompt=_difference(self._before, self._prompt),
+            plain=_difference(self._plain_before, self._plain),
+            completion=completion,
+            action=action,
+            parsed=parsed,
+            candidates=current.retrieved.candidates if current.retrieved else 0,
+            entries=current.retrieved.entries if current.retrieved else 0,
+        )
+        self._before = self._prompt + completion.token_ids
+        self._plain_before = self._plain + completion.token_ids
+        return action
+
+    def observe(self, result: StepResult, max_turns: int) -> None:
+        """Take the environment's answer to the action and close the turn."""
+        assert self._under_way is not None
+        valid = bool(result.info.get("valid", True)) and self._under_way["parsed"]
+        self.turns.append(Turn(**self._under_way, valid=valid, reward=result.reward))
+        self._under_way = None
+        self._opens.append(_Open(result.observation, str(result.info.get("state") or result.observation)))
+        if result.terminated:
+            self.ending = Ending.TERMINATED
+            self.success = bool(result.info.get("success", False))
+        elif result.truncated or len(self.turns) >= max_turns:
+            self.ending = Ending.TURN_LIMIT
+
+    def tip_prompt(self, longest: int) -> TokenIds:
+        """The conversation as the policy saw it, then the request for a tip; without the last observation if too long."""
+        last = self.turns[-1].completion.token_ids
+        for observation in (self.observation, ""):
+            request = prompts.tip_request(observation, self.score)
+            ids = self._before + self.rules.chat.next_turn(last, request)
+            if len(ids) <= longest:
+                break
+        return ids[:longest]
+
+    def finish(self, policy_version: int, tip: Completion | None) -> Trajectory:
+        assert self.ending is not None
+        return Trajectory(
+            task=self.plan.task,
+            mode=self.plan.mode,
+            key=self.plan.key,
+            policy_version=policy_version,
+            turns=tuple(self.turns),
+            final_state=self.state,
+            ending=self.ending,
+            score=self.score,
+            success=self.success,
+            tip=prompts.tip_of(tip.text) if tip else "",
+            tip_tokens=len(tip.token_ids) if tip else 0,
+            restarts=self.restarts,
+        )
+
+    def _assemble(self, *, plain: bool) -> TokenIds:
+        """The prompt of the coming turn from its pieces."""
+        now = len(self.turns)
+        window = self.rules.window_turns
+        first = 0 if window is None else max(0, now - window)
+        ids: TokenIds = ()
+        for index in range(first, now + 1):
+            shows = not plain and (self.rules.tips_stay or index == now)
+            if index > first:
+                ids += self.turns[index - 1].completion.token_ids
+            ids += self._piece(index, opens=index == first, shows_tips=shows and bool(self._opens[index].tips))
+        return ids
+
+    def _piece(self, index: int, *, opens: bool, shows_tips: bool) -> TokenIds:
+        """Ids from the end of completion ``index`` − 1 (or the very beginning) to where completion ``index`` starts."""
+        key = (index, opens, shows_tips)
+        if key not in self._pieces:
+            observation = self._opens[index].observation
+            tips = prompts.tip_texts(self._opens[index].tips) if shows_tips else []
+            chat = self.rules.chat
+            if opens:
+                messages = prompts.opening(
+                    self.rules.instructions, self.examples, self.task_text, observation, tips
+                )
+                self._pieces[key] = chat.conversation(messages)
+            else:
+                before = self.turns[index - 1].completion.token_ids
+                self._pieces[key] = chat.next_turn(before, prompts.turn(observation, tips))
+        return self._pieces[key]
+
+    def _fitting(self, retrieved: Sequence[Tip], room: int) -> tuple[Tip, ...]:
+        """Tips not shown before in this episode, best first, while they fit the episode's tip budget and its length."""
+        seen = {tip.text for turn in self.turns for tip in turn.tips}
+        used_now = len(self._assemble(plain=False))
+        budget = min(self.rules.max_tip_tokens - self._tip_tokens_shown, room - used_now - _TIP_FRAME)
+        chosen: list[Tip] = []
+        for tip in retrieved:
+            cost = len(self.rules.chat.text_ids(f"- {tip.text}\n"))
+            if tip.text not in seen and cost <= budget:
+                chosen.append(tip)
+                budget -= cost
+                self._tip_tokens_shown += cost
+        return tuple(chosen)
+
+
+_TIP_FRAME = 24  #: tokens kept free for the line above the tips
+
+
+def _difference(before: TokenIds, prompt: TokenIds) -> Rendering:
+    keep = common_prefix(before, prompt)
+    return Rendering(keep=keep, new=prompt[keep:])

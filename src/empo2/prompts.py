@@ -1,0 +1,92 @@
+"""What the policy is told, as chat messages: worked examples, task, observations, tips, and the request for a tip.
+
+Pure: values in, messages and text out. A turn's text with tips and without comes from the same function, called with
+and without them; nothing is ever cut out of a rendered prompt.
+"""
+
+import re
+from collections.abc import Sequence
+
+from empo2.chat import Message
+from empo2.types import EpisodeKey, Tip, Trajectory, Turn, WorkedExample
+
+
+def opening(
+    instructions: str, examples: Sequence[WorkedExample], task_text: str, observation: str, tips: Sequence[str] = ()
+) -> list[Message]:
+    """System message, worked examples as chat turns, then the task with its first observation."""
+    messages = [Message(role="system", text=instructions)]
+    for example in examples:
+        for index, (seen, action) in enumerate(example.turns):
+            text = first_turn(example.task_text, seen) if index == 0 else seen
+            messages += [Message(role="user", text=text), Message(role="assistant", text=action)]
+    return [*messages, Message(role="user", text=first_turn(task_text, observation, tips))]
+
+
+def first_turn(task_text: str, observation: str, tips: Sequence[str] = ()) -> str:
+    """The user's words that open an episode."""
+    return f"New task. {task_text}\n\n{turn(observation, tips)}"
+
+
+def turn(observation: str, tips: Sequence[str] = ()) -> str:
+    """The user's words of one turn: tips, if any, then what the environment said."""
+    if not tips:
+        return observation
+    shown = "\n".join(f"- {tip}" for tip in tips)
+    return f"Tips from earlier attempts at this task:\n{shown}\n\n{observation}"
+
+
+def tip_request(final_observation: str, score: float) -> str:
+    """The user's words that ask the acting policy for its tip."""
+    return (
+        f"{final_observation}\n\nThe attempt is over. Final score: {score:g}.\n"
+        "Write one tip for the next attempt at this task: one sentence on one line, under 100 words. "
+        "Say what happened, what was learned, and how far from completing the task it was."
+    )
+
+
+def action_of(completion: str) -> tuple[str, bool]:
+    """The action a completion asks for, and whether it could be read: its first line that is not blank."""
+    for line in completion.splitlines():
+        if line.strip():
+            return " ".join(line.split()), True
+    return "", False
+
+
+def tip_of(completion: str) -> str:
+    """The tip in a completion: its first line that is not blank, with single blanks; empty if there is none."""
+    return action_of(completion)[0]
+
+
+def stored_tip(tip: str, suffix: str, score: float) -> str:
+    """Text of a memory entry: the tip, what was done, the final score (EMPO² section 4.1)."""
+    return " ".join(part for part in (tip, suffix, f"(final score: {score:g})") if part)
+
+
+def tip_suffix(trajectory: Trajectory, at: Turn, kind: str) -> str:
+    """What was done, as `memory.suffix` asks: the turn's action, the episode's actions, or state → action pairs.
+
+    Actions that the environment did not know are left out of the lists.
+    """
+    if kind == "action":
+        return f"Action taken here: {at.action}." if at.action else ""
+    known = [turn for turn in trajectory.turns if turn.valid and turn.action]
+    if kind == "actions":
+        return f"Actions: {'; '.join(turn.action for turn in known)}." if known else ""
+    pairs = "; ".join(f"{_place(turn.state)}: {turn.action}" for turn in known)
+    return f"Done: {pairs}." if pairs else ""
+
+
+def _place(state: str) -> str:
+    """A few words that name a state: "in the kitchen" where the text says so, else its first words."""
+    named = re.search(r"\b(?:called|in) (?:the )?([\w' -]{1,40}?)[.,\n]", state)
+    return f"in the {named.group(1)}" if named else " ".join(state.split()[:8])
+
+
+def own_tip_source(key: EpisodeKey) -> str:
+    """How a tip's origin is written in run files."""
+    return f"step {key.step}, group {key.group}, episode {key.episode}"
+
+
+def tip_texts(tips: Sequence[Tip]) -> list[str]:
+    return [tip.text for tip in tips]

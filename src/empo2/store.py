@@ -1,0 +1,37 @@
+"""The SQLite file that `TipMemory` and `NoveltyCounter` share.
+
+Rows are never changed in place: they are born at a step and may be evicted at a later one, so any earlier step that a
+checkpoint still needs can be brought back exactly.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS tips (
+    id INTEGER PRIMARY KEY, scope TEXT NOT NULL, key BLOB NOT NULL, state TEXT NOT NULL, text TEXT NOT NULL,
+    score REAL NOT NULL, source_step INTEGER NOT NULL, source_group INTEGER NOT NULL, source_episode INTEGER NOT NULL,
+    turn INTEGER NOT NULL, born_step INTEGER NOT NULL, evicted_step INTEGER);
+CREATE TABLE IF NOT EXISTS states (
+    id INTEGER PRIMARY KEY, scope TEXT NOT NULL, key BLOB NOT NULL, text TEXT NOT NULL, born_step INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS visits (
+    state INTEGER NOT NULL, step INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (state, step));
+"""
+
+
+def open_store(path: Path | str) -> sqlite3.Connection:
+    """Open or create the file; ``":memory:"`` for a store that is thrown away."""
+    connection = sqlite3.connect(str(path))
+    connection.executescript(_SCHEMA)
+    return connection
+
+
+def digest(rows: Iterable[tuple[Any, ...]]) -> str:
+    """sha256 over rows, in their order."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(repr(row).encode())
+    return sha.hexdigest()

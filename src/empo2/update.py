@@ -1,0 +1,68 @@
+"""One training step's trajectories → mini-batches → optimiser updates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from empo2 import sequences, streams
+from empo2.algorithms import Advantages, has_signal
+from empo2.config import Config
+from empo2.learner import Learner, Logprobs, UpdateStats, learning_rate
+from empo2.types import Mode, TrainingSequence, TrajectoryGroup
+
+MASKED_MODES = {"distill": frozenset({Mode.DISTILL}), "all": frozenset(Mode)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepUpdate:
+    """The updates of one training step."""
+
+    updates: tuple[UpdateStats, ...]
+    num_skipped_groups: int  #: groups without any advantage
+    num_computed: int  #: tokens of the forward passes for behavior log-probs
+
+
+def update_policy(
+    learner: Learner, groups: Sequence[TrajectoryGroup], advantages: Sequence[Advantages], config: Config, step: int
+) -> StepUpdate:
+    """Train on one step's groups.
+
+    Groups without advantage are left out before any forward pass (unless a KL or entropy term still moves them) and
+    do not count in the loss's denominator. Behavior log-probs are computed with the training forward before the first
+    update, where they can differ from the current ones. The last mini-batch may be smaller.
+    """
+    keeps_all = config.loss.kl > 0 or config.loss.entropy > 0
+    chosen = [
+        (group, values)
+        for group, values in zip(groups, advantages, strict=True)
+        if keeps_all or has_signal(values)
+    ]
+    trained: list[TrainingSequence] = []
+    others: list[TrainingSequence] = []  # renderings of the denominator that are not the trained ones
+    for group, values in chosen:
+        for trajectory, turn_values in zip(group.trajectories, values, strict=True):
+            own = sequences.trained(trajectory, turn_values, masked_modes=MASKED_MODES[config.loss.mask_modes])
+            sampled = sequences.behavior(trajectory, off_policy_ratio=config.loss.off_policy_ratio)
+            trained += own
+            if [s.token_ids for s in own] != [s.token_ids for s in sampled]:
+                others += sampled
+    order = streams.shuffled(trained, config.train.seed, "mini-batch", step)
+    size = config.learner.mini_batch or max(len(order), 1)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    behavior = _behavior_logprobs(learner, trained, others, several=len(batches) > 1)
+    lr = learning_rate(config.learner, step - 1, config.train.steps)
+    return StepUpdate(
+        updates=tuple(learner.update(batch, behavior, lr) for batch in batches),
+        num_skipped_groups=len(groups) - len(chosen),
+        num_computed=sum(len(s.token_ids) for s in (*others, *(trained if len(batches) > 1 else ()))),
+    )
+
+
+def _behavior_logprobs(
+    learner: Learner, trained: Sequence[TrainingSequence], others: Sequence[TrainingSequence], *, several: bool
+) -> Logprobs:
+    """Denominators under the policy that collected; with a single update only where the rendering differs."""
+    found = learner.logprobs(others)
+    if several:
+        rest = [sequence for sequence in trained if sequence.spans[0].key not in found]
+        found |= learner.logprobs(rest)
+    return found
