@@ -177,9 +177,7 @@ def make_embedder(config: Config, device: str) -> Embedder:
     return CachedEmbedder(SentenceEmbedder(models.locate(models.MINILM), device=device))
 
 
-def worked_examples(
-    config: Config, environment: Suite, pool: EnvironmentPool
-) -> dict[str, tuple[WorkedExample, ...]]:
+def worked_examples(config: Config, environment: Suite, pool: EnvironmentPool) -> dict[str, tuple[WorkedExample, ...]]:
     """Solved episodes of train variations that are not trained on (where the split is large enough), by task name.
 
     The last train variations are tried first; episodes of more than `prompt.max_example_turns` turns only if there are
@@ -188,7 +186,9 @@ def worked_examples(
     trained = set(train_tasks(config, environment))
     found: dict[str, tuple[WorkedExample, ...]] = {}
     for name in config.env.tasks:
-        tasks = [Task(environment=environment.name, name=name, variation=v) for v in environment.variations(name, "train")]
+        tasks = [
+            Task(environment=environment.name, name=name, variation=v) for v in environment.variations(name, "train")
+        ]
         others = [task for task in reversed(tasks) if task not in trained]
         short: list[WorkedExample] = []
         long: list[WorkedExample] = []
@@ -240,7 +240,9 @@ def _device(config: Config) -> str:
     try:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"model.device = {wanted!r} cannot be used ({str(error).splitlines()[0]}); set it to cpu") from None
+        raise UsageError(
+            f"model.device = {wanted!r} cannot be used ({str(error).splitlines()[0]}); set it to cpu"
+        ) from None
     return wanted
 
 

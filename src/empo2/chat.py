@@ -28,10 +28,10 @@ class Message:
 class ChatFormat:
     """The glue of one chat template. ChatML's, with a system message::
 
-        opening      '<|im_start|>system\\n'       before the first message
-        after[system → user]      '<|im_end|>\\n<|im_start|>user\\n'
-        after[user → assistant]   '<|im_end|>\\n<|im_start|>assistant\\n'   also opens a generation
-        after[assistant → user]   '<|im_end|>\\n<|im_start|>user\\n'        its first id closes a completion
+    opening      '<|im_start|>system\\n'       before the first message
+    after[system → user]      '<|im_end|>\\n<|im_start|>user\\n'
+    after[user → assistant]   '<|im_end|>\\n<|im_start|>assistant\\n'   also opens a generation
+    after[assistant → user]   '<|im_end|>\\n<|im_start|>user\\n'        its first id closes a completion
     """
 
     tokenizer: Any

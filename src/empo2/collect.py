@@ -6,7 +6,7 @@ actions are sampled. Which episodes share a batch depends on the plan alone, nev
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from empo2 import streams
@@ -75,6 +75,7 @@ class Collector:
         self._prompt_rules, self._examples = rules, examples
         self._scope, self._longest = memory_scope, longest
         self.counters = CollectCounters()
+        self.on_episode: Callable[[int, int], None] = lambda done, total: None  #: told after each episode
 
     def collect(self, plans: Sequence[EpisodePlan], rules: CollectRules) -> list[Trajectory]:
         """Run every planned episode to its end; trajectories in the order of the plans.
@@ -98,6 +99,7 @@ class Collector:
                 for episode, trajectory in zip(ended, self._end(ended, rules), strict=True):
                     done[episode.plan.key] = trajectory
                     del live[episode.slot]
+                    self.on_episode(len(done), len(plans))
                 for slot in half:
                     if slot not in live and waiting:
                         live[slot] = self._start(waiting.popleft(), slot, rules)

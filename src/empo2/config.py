@@ -267,9 +267,7 @@ def _rules(config: Config) -> Iterator[_Rule]:
         c.loss.dual_clip is None or c.loss.dual_clip > 1,
         f"loss.dual_clip must be above 1, got {c.loss.dual_clip}; set loss.dual_clip, or none to switch it off",
     )
-    yield _Rule(
-        0 <= c.loss.clip_low < 1, f"loss.clip_low must lie in 0…1, got {c.loss.clip_low}; set loss.clip_low"
-    )
+    yield _Rule(0 <= c.loss.clip_low < 1, f"loss.clip_low must lie in 0…1, got {c.loss.clip_low}; set loss.clip_low")
     for name, smallest in _SMALLEST.items():
         section, key = name.split(".")
         value = getattr(getattr(c, section), key)
@@ -345,7 +343,11 @@ def _scalar(value: Any, kind: type, name: str) -> Any:
         if not isinstance(value, str):
             raise wrong
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or (kind is int and isinstance(value, float)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, str))
+        or (kind is int and isinstance(value, float))
+    ):
         raise wrong
     try:
         number = kind(value)

@@ -196,9 +196,7 @@ class LiveEpisode:
             tips = prompts.tip_texts(self._opens[index].tips) if shows_tips else []
             chat = self.rules.chat
             if opens:
-                messages = prompts.opening(
-                    self.rules.instructions, self.examples, self.task_text, observation, tips
-                )
+                messages = prompts.opening(self.rules.instructions, self.examples, self.task_text, observation, tips)
                 self._pieces[key] = chat.conversation(messages)
             else:
                 before = self.turns[index - 1].completion.token_ids

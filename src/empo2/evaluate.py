@@ -37,9 +37,7 @@ def evaluate(parts: Parts, config: Config) -> dict[str, Any]:
     unseen = split_tasks(config, parts.suite, config.eval.split, config.eval.num_variations)
     for name, tasks in (("", unseen), ("train_", parts.train_tasks[: config.eval.train_variations])):
         if tasks:
-            episodes = run_episodes(
-                parts, tasks, episodes=config.eval.episodes, temperature=config.eval.temperature
-            )
+            episodes = run_episodes(parts, tasks, episodes=config.eval.episodes, temperature=config.eval.temperature)
             summary = metrics.of_episodes(episodes)
             result |= {f"eval_{name}{key}": value for key, value in summary.items()}
             result[f"eval_{name}episodes"] = len(episodes)
@@ -54,9 +52,7 @@ def evaluate_split(
         tasks: Sequence[Task] = parts.train_tasks
     else:
         tasks = split_tasks(config, parts.suite, split, num_variations)
-    found = run_episodes(
-        parts, tasks, episodes=episodes, temperature=config.eval.temperature, with_memory=with_memory
-    )
+    found = run_episodes(parts, tasks, episodes=episodes, temperature=config.eval.temperature, with_memory=with_memory)
     rows = []
     for task in tasks:
         own = [trajectory for trajectory in found if trajectory.task == task]

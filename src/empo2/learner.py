@@ -121,7 +121,9 @@ class Learner:
                 found[span.key], values = tuple(values[:count]), values[count:]
         return found
 
-    def update(self, sequences: Sequence[TrainingSequence], behavior: Mapping[SpanKey, Sequence[float]], lr: float) -> UpdateStats:
+    def update(
+        self, sequences: Sequence[TrainingSequence], behavior: Mapping[SpanKey, Sequence[float]], lr: float
+    ) -> UpdateStats:
         """One optimiser update on a mini-batch.
 
         ``behavior``: log-probs of the importance ratio's denominator; where a span has none, they equal the current
@@ -198,7 +200,9 @@ class Learner:
             sums.gap_tokens += len(gaps)
             sums.gap_max = max(sums.gap_max, float(gaps.max()))
 
-    def _token_logprobs(self, model: Any, packed: Pack, *, with_entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(
+        self, model: Any, packed: Pack, *, with_entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of a pack's completion tokens, [N] each, float32."""
         with self._autocast():
             out = model(

@@ -92,7 +92,9 @@ def of_update(update: StepUpdate) -> dict[str, float]:
     }
 
 
-def of_time(counters: CollectCounters, *, collect: float, commit: float, train: float, total: float) -> dict[str, float]:
+def of_time(
+    counters: CollectCounters, *, collect: float, commit: float, train: float, total: float
+) -> dict[str, float]:
     """Seconds and sampled tokens. Tips: writing them, and embedding and storing them (``commit``)."""
     return {
         "tokens_sampled": counters.action_tokens + counters.tip_tokens,

@@ -61,7 +61,9 @@ class Checkpoint:
             if name in ("memory", "novelty"):
                 continue  # digests of living rows, checked by whoever rewinds them
             if not path.exists() or file_sha256(path) != expected:
-                raise CheckpointError(f"{path} is missing or damaged; delete {self.folder} and resume from the one before")
+                raise CheckpointError(
+                    f"{path} is missing or damaged; delete {self.folder} and resume from the one before"
+                )
 
 
 class RunFolder:

@@ -41,9 +41,7 @@ def build(
     def close() -> None:
         if spans:
             sequences.append(
-                TrainingSequence(
-                    token_ids=ids[: spans[-1].stop], spans=tuple(spans), masks_improbable=masks_improbable
-                )
+                TrainingSequence(token_ids=ids[: spans[-1].stop], spans=tuple(spans), masks_improbable=masks_improbable)
             )
 
     for index, (turn, advantage) in enumerate(zip(trajectory.turns, advantages, strict=True)):

@@ -123,7 +123,9 @@ class LocalSampler:
         live = list(range(len(requests)))
         for index in range(params.max_tokens):
             drawn = [
-                streams.uniform(params.seed, params.purpose, *requests[row].stream, index) if params.temperature else 0.0
+                streams.uniform(params.seed, params.purpose, *requests[row].stream, index)
+                if params.temperature
+                else 0.0
                 for row in live
             ]
             for row, token, logprob in zip(live, *draw(logits, params.temperature, drawn), strict=True):

