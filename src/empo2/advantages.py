@@ -7,8 +7,13 @@ from empo2.types import Trajectory
 
 
 def episode_return(trajectory: Trajectory, reward_scale: float) -> float:
-    """R = Σ_t (reward_t · scale + novelty_t); the learning signal of one episode (EMPO² section 4.3)."""
-    return sum(turn.reward * reward_scale + turn.novelty for turn in trajectory.turns)
+    """R = Σ_t (reward_t · scale + novelty_t); the learning signal of one episode (EMPO² section 4.3).
+
+    Summed so that equal scores reached in different portions are equal returns to the last bit; a group of equals would
+    otherwise seem to have a signal.
+    """
+    rewards = math.fsum(turn.reward for turn in trajectory.turns)
+    return rewards * reward_scale + math.fsum(turn.novelty for turn in trajectory.turns)
 
 
 def group_advantages(returns: Sequence[float], *, normalize_by_std: bool, std_floor: float) -> tuple[float, ...]:

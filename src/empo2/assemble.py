@@ -92,14 +92,18 @@ def preflight(config: Config) -> None:
     train_tasks(config, environment)
     environment.check()
     _device(config)
-    if config.model.path != models.TINY:
+    if config.model.path not in (models.TINY, *models.WHEELS):
         models.locate(config.model.path)
-    if config.model.embedder == "minilm":
-        models.locate(models.MINILM)
+
+
+def needed_models(config: Config) -> list[str]:
+    """Fetchable models that the recipe uses and that are not there."""
+    wanted = [config.model.path, *([models.MINILM] if config.model.embedder == "minilm" else [])]
+    return [name for name in wanted if name in models.WHEELS and models.fetched(name) is None]
 
 
 def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> Parts:
-    """Load the model, start environments, gather worked examples. Call `preflight` first."""
+    """Load the model, start environments, gather worked examples. Call `preflight` first, then fetch `needed_models`."""
     torch.set_num_threads(config.train.threads or available_cores())
     device = _device(config)
     environment = make_suite(config)
@@ -141,6 +145,7 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
             window_turns=config.prompt.window_turns if config.prompt.history == "window" else None,
             tips_stay=config.memory.placement == "history",
             max_tip_tokens=config.memory.max_tip_tokens,
+            cue=config.prompt.cue,
         )
         _check_context(rules, examples)
     except BaseException:
@@ -154,6 +159,7 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
         rules=rules,
         examples=examples,
         memory_scope=config.memory.scope,
+        overlap=config.collect.overlap,
         longest=longest,
     )
     return Parts(
@@ -211,7 +217,7 @@ def _check_context(rules: PromptRules, examples: Mapping[str, Sequence[WorkedExa
     """Refuse a token limit in which not even the worked examples and a first action fit."""
     for name, shown in examples.items():
         first = shown[0].turns[0][0] if shown else ""
-        length = len(rules.chat.conversation(opening(rules.instructions, shown, "", first)))
+        length = len(rules.chat.conversation(opening(rules.instructions, shown, "", first, cue=rules.cue)))
         if length + rules.max_action_tokens > rules.max_tokens:
             raise ConfigError(
                 f"the prompt of {name} takes {length} tokens and leaves no room for an action within model.max_tokens = "
@@ -256,6 +262,3 @@ def _dtype(name: str, device: str) -> torch.dtype:
         fast = device != "cpu" or has_bf16_instructions()
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-__all__ = ["Parts", "UsageError", "assemble", "make_suite", "preflight", "split_tasks", "train_tasks"]

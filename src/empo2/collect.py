@@ -1,7 +1,7 @@
 """Policy × environment pool (× memory) → trajectories.
 
-All live episodes advance turn by turn. They form two fixed halves: while one half's environments step, the other half's
-actions are sampled. Which episodes share a batch depends on the plan alone, never on the clock.
+All live episodes advance turn by turn, in one batch or in two fixed halves: while one half's environments step, the
+other half's actions are sampled. Which episodes share a batch depends on the plan alone, never on the clock.
 """
 
 import time
@@ -55,7 +55,7 @@ class CollectCounters:
 class Collector:
     """Runs episodes in ``pool`` with ``sampler``; reads ``memory`` and writes nothing.
 
-    ``examples``: worked episodes by task name. ``longest``: the model's context length.
+    ``examples``: worked episodes by task name. ``overlap``: two halves in turn. ``longest``: the model's context length.
     """
 
     def __init__(
@@ -68,12 +68,13 @@ class Collector:
         rules: PromptRules,
         examples: Mapping[str, Sequence[WorkedExample]],
         memory_scope: Scope,
+        overlap: bool,
         longest: int,
     ) -> None:
         self.sampler, self.pool = sampler, pool
         self._memory, self._embedder = memory, embedder
         self._prompt_rules, self._examples = rules, examples
-        self._scope, self._longest = memory_scope, longest
+        self._scope, self._overlap, self._longest = memory_scope, overlap, longest
         self.counters = CollectCounters()
         self.on_episode: Callable[[int, int], None] = lambda done, total: None  #: told after each episode
 
@@ -87,11 +88,11 @@ class Collector:
         waiting = deque(plans)
         done: dict[EpisodeKey, Trajectory] = {}
         slots = list(range(self.pool.num_slots))
-        middle = (len(slots) + 1) // 2
+        middle = (len(slots) + 1) // 2 if self._overlap else len(slots)
         live: dict[int, LiveEpisode] = {}
         while waiting or live:
-            for half in (slots[:middle], slots[middle:]):
-                episodes = [live[slot] for slot in half if slot in live]
+            for batch in (slots[:middle], slots[middle:]):
+                episodes = [live[slot] for slot in batch if slot in live]
                 for episode in episodes:
                     self._receive(episode, rules)
                 requests = self._prompts([episode for episode in episodes if episode.ending is None])
@@ -100,7 +101,7 @@ class Collector:
                     done[episode.plan.key] = trajectory
                     del live[episode.slot]
                     self.on_episode(len(done), len(plans))
-                for slot in half:
+                for slot in batch:
                     if slot not in live and waiting:
                         live[slot] = self._start(waiting.popleft(), slot, rules)
                 self._act(requests, rules)

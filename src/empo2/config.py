@@ -68,6 +68,8 @@ class PromptConfig:
     """full: the whole chat, append-only, trained as one sequence; window: only the last `window_turns` turns."""
     window_turns: int = 3
     """Turns kept by `history = "window"`."""
+    cue: str = ""
+    """Words at the end of every user turn, such as "Next action:"; small models need them to answer with an action."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,9 @@ class CollectConfig:
     """Sampling temperature of training episodes (the paper: 1.0; small models need less)."""
     max_action_tokens: int = 24
     """Token cap of one action (the paper: 32)."""
+    overlap: bool = True
+    """Two halves of the live episodes in turn: one samples while the other's environments step. false: one batch,
+    faster where environments take no time beside the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

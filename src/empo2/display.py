@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere, a table at the end."""
 
 import sys
-import time
 from typing import Any
 
 from rich.console import Console
@@ -15,8 +14,7 @@ class Display:
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self._total = total_steps
-        self._started = time.perf_counter()
-        self._first_step: int | None = None
+        self._seconds: list[float] = []  # of the steps so far
         self._progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
@@ -49,15 +47,10 @@ class Display:
         self._progress.update(self._task, completed=step)
 
     def stepped(self, step: int, result: dict[str, Any]) -> None:
-        self.say(step_line(step, self._total, result, self._left(step)))
-        self._progress.update(self._task, completed=step, left=self._left(step))
-
-    def _left(self, step: int) -> str:
-        if self._first_step is None:
-            self._first_step, self._first_time = step, time.perf_counter()
-            return ""
-        seconds = (time.perf_counter() - self._first_time) / (step - self._first_step) * (self._total - step)
-        return f"{duration(seconds)} left"
+        self._seconds.append(result["seconds_total"])
+        left = duration(sum(self._seconds) / len(self._seconds) * (self._total - step)) + " left"
+        self.say(step_line(step, self._total, result, left))
+        self._progress.update(self._task, completed=step, left=left)
 
 
 def step_line(step: int, total: int, result: dict[str, Any], left: str) -> str:
@@ -77,7 +70,7 @@ def step_line(step: int, total: int, result: dict[str, Any], left: str) -> str:
         f"{rate:.0f} tokens/s",
         f"{duration(result['seconds_total'])}",
     ]
-    return " · ".join([*parts, left] if left else parts)
+    return " · ".join([*parts, left])
 
 
 def evaluation_line(result: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ class PromptRules:
     window_turns: int | None  #: None: the whole history
     tips_stay: bool  #: tips stay in the turn where they were shown; False: only the current turn shows tips
     max_tip_tokens: int
+    cue: str = ""  #: words at the end of every user turn
 
 
 @dataclass
@@ -196,11 +197,13 @@ class LiveEpisode:
             tips = prompts.tip_texts(self._opens[index].tips) if shows_tips else []
             chat = self.rules.chat
             if opens:
-                messages = prompts.opening(self.rules.instructions, self.examples, self.task_text, observation, tips)
+                messages = prompts.opening(
+                    self.rules.instructions, self.examples, self.task_text, observation, tips, cue=self.rules.cue
+                )
                 self._pieces[key] = chat.conversation(messages)
             else:
                 before = self.turns[index - 1].completion.token_ids
-                self._pieces[key] = chat.next_turn(before, prompts.turn(observation, tips))
+                self._pieces[key] = chat.next_turn(before, prompts.turn(observation, tips, cue=self.rules.cue))
         return self._pieces[key]
 
     def _fitting(self, retrieved: Sequence[Tip], room: int) -> tuple[Tip, ...]:

@@ -12,28 +12,33 @@ from empo2.types import EpisodeKey, Tip, Trajectory, Turn, WorkedExample
 
 
 def opening(
-    instructions: str, examples: Sequence[WorkedExample], task_text: str, observation: str, tips: Sequence[str] = ()
+    instructions: str,
+    examples: Sequence[WorkedExample],
+    task_text: str,
+    observation: str,
+    tips: Sequence[str] = (),
+    *,
+    cue: str = "",
 ) -> list[Message]:
     """System message, worked examples as chat turns, then the task with its first observation."""
     messages = [Message(role="system", text=instructions)]
     for example in examples:
         for index, (seen, action) in enumerate(example.turns):
-            text = first_turn(example.task_text, seen) if index == 0 else seen
+            text = first_turn(example.task_text, seen, cue=cue) if index == 0 else turn(seen, cue=cue)
             messages += [Message(role="user", text=text), Message(role="assistant", text=action)]
-    return [*messages, Message(role="user", text=first_turn(task_text, observation, tips))]
+    return [*messages, Message(role="user", text=first_turn(task_text, observation, tips, cue=cue))]
 
 
-def first_turn(task_text: str, observation: str, tips: Sequence[str] = ()) -> str:
+def first_turn(task_text: str, observation: str, tips: Sequence[str] = (), *, cue: str = "") -> str:
     """The user's words that open an episode."""
-    return f"New task. {task_text}\n\n{turn(observation, tips)}"
+    return f"New task. {task_text}\n\n{turn(observation, tips, cue=cue)}"
 
 
-def turn(observation: str, tips: Sequence[str] = ()) -> str:
-    """The user's words of one turn: tips, if any, then what the environment said."""
-    if not tips:
-        return observation
+def turn(observation: str, tips: Sequence[str] = (), *, cue: str = "") -> str:
+    """The user's words of one turn: tips, if any, what the environment said, and the cue to act (`prompt.cue`)."""
     shown = "\n".join(f"- {tip}" for tip in tips)
-    return f"Tips from earlier attempts at this task:\n{shown}\n\n{observation}"
+    parts = [f"Tips from earlier attempts at this task:\n{shown}" if tips else "", observation, cue]
+    return "\n\n".join(part for part in parts if part)
 
 
 def tip_request(final_observation: str, score: float) -> str:
