@@ -85,17 +85,22 @@ class ChatFormat:
         return made
 
     def _check(self) -> None:
-        sample = [
-            Message(role="system", text="You act in a world."),
-            Message(role="user", text="Task: find it.\n\nA room."),
-            Message(role="assistant", text="go north"),
-            Message(role="user", text="You move."),
-        ]
-        expected = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.text} for m in sample], tokenize=True, add_generation_prompt=True
-        )
-        expected = expected["input_ids"] if hasattr(expected, "keys") else expected
-        if list(self.conversation(sample)) != list(expected):
+        for reasoning in ("<think>\nNorth?\n</think>\n\n", ""):
+            sample = [
+                Message(role="system", text="You act in a world."),
+                Message(role="user", text="Task: find it.\n\nA room."),
+                Message(role="assistant", text=f"{reasoning}go north"),
+                Message(role="user", text="You move."),
+            ]
+            expected = self.tokenizer.apply_chat_template(
+                [{"role": m.role, "content": m.text} for m in sample], tokenize=False, add_generation_prompt=True
+            )
+            if self._text(sample) != expected:
+                raise UsageError(
+                    "the tokenizer's chat template changes what messages say (such as past reasoning), but "
+                    "completions stay as they were sampled; use a template that writes messages as they are"
+                )
+        if self.conversation(sample) != self._glue_ids(expected):
             raise UsageError(
                 "the tokenizer merges text across the borders of chat messages, so pieces cannot be appended exactly; "
                 "use a model whose chat template separates messages with control tokens"
@@ -120,6 +125,10 @@ class ChatFormat:
 
     def _glue_ids(self, glue: str) -> TokenIds:
         return tuple(self.tokenizer(glue, add_special_tokens=False)["input_ids"])
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        pairs = zip(messages, [*messages[1:], None], strict=True)
+        return self.opening + "".join(message.text + self._after(message, following) for message, following in pairs)
 
     def conversation(self, messages: Sequence[Message]) -> TokenIds:
         """Ids of system, user, assistant, user, …, user, with a generation opened after the last one."""
@@ -159,10 +168,9 @@ def _ids(value: Any) -> list[int]:
 
 
 def _broken(text: str, token: str) -> list[str]:
-    """The text cut inside every occurrence of ``token``, so that no piece holds it."""
-    parts = text.split(token)
-    pieces = [parts[0]]
-    for part in parts[1:]:
-        pieces[-1] += token[:1]
-        pieces.append(token[1:] + part)
-    return pieces
+    """The text cut after the first character of every occurrence of ``token``, so that no piece holds it."""
+    pieces = []
+    while (found := text.find(token)) >= 0:
+        pieces.append(text[: found + 1])
+        text = text[found + 1 :]
+    return [*pieces, text]

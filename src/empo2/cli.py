@@ -229,7 +229,7 @@ class _StopOnInterrupt:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        self._say("Ctrl-C: this step is finished and saved first (once more: end at once)")
+        self._say("Ctrl-C: the step under way is finished and saved first (once more: end at once)")
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:

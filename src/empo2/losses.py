@@ -3,6 +3,7 @@
 ``N`` is the number of completion tokens of one forward pass, laid out flat; every argument and result is [N].
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -42,7 +43,7 @@ def probable_enough(logprobs: Tensor, delta: float) -> Tensor:
 
     A test on the current policy in the trained rendering; no gradient goes through it.
     """
-    return logprobs.detach() >= torch.log(torch.tensor(delta, dtype=torch.float64, device=logprobs.device))
+    return logprobs.detach() >= math.log(delta)
 
 
 def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
@@ -62,11 +63,10 @@ def token_weights(lengths: Sequence[int], aggregation: Aggregation, *, fixed_len
 
     ``token``: 1 / (all completion tokens of the whole mini-batch, masked ones included), EMPO² Eq. 2.
     ``sequence``: every sequence counts the same, its tokens share that (GRPO). ``fixed``: 1 / (sequences ×
-    fixed_length), which favours no length (Dr. GRPO). The loss is the weighted *sum*, so splitting a mini-batch into
-    micro-batches changes nothing.
+    fixed_length), which favours no length (Dr. GRPO). A sequence without tokens counts as a sequence. The loss is the
+    weighted *sum*, so splitting a mini-batch into micro-batches changes nothing.
     """
-    if aggregation == "token":
-        return [1 / sum(lengths)] * len(lengths)
     if aggregation == "sequence":
-        return [1 / (len(lengths) * length) for length in lengths]
-    return [1 / (len(lengths) * fixed_length)] * len(lengths)
+        return [1 / (len(lengths) * length) if length else 0.0 for length in lengths]
+    denominator = sum(lengths) if aggregation == "token" else len(lengths) * fixed_length
+    return [1 / denominator if denominator else 0.0] * len(lengths)

@@ -84,12 +84,12 @@ class TipMemory:
         entries = self._load(scope)
         if not entries.ids:
             return Retrieval(tips=(), candidates=0, entries=0)
-        similarities = entries.keys @ query
+        similarities = store.cosines(entries.keys, query)
+        candidates = np.flatnonzero(similarities > self._threshold)
         found = [
-            (index, float(similarity))
-            for index, similarity in enumerate(similarities)
-            if similarity > self._threshold
-            and (self._min_score is None or entries.tips[index].score >= self._min_score)
+            (int(index), float(similarities[index]))
+            for index in candidates
+            if self._min_score is None or entries.tips[index].score >= self._min_score
         ]
         by_score = self._rank == "score"
         found.sort(key=lambda hit: (entries.tips[hit[0]].score if by_score else hit[1], hit[0]), reverse=True)
@@ -100,7 +100,7 @@ class TipMemory:
                 break
             if all(tip.source != other.source and tip.text != other.text for other in taken):
                 taken.append(Tip(text=tip.text, score=tip.score, similarity=similarity, source=tip.source))
-        return Retrieval(tips=tuple(taken), candidates=len(found), entries=len(entries.ids))
+        return Retrieval(tips=tuple(taken), candidates=len(candidates), entries=len(entries.ids))
 
     def commit(self, step: int, tips: Sequence[NewTip]) -> None:
         """Store what a step wrote, in the given order, and evict the oldest entries over the limit."""

@@ -85,8 +85,9 @@ def of_update(update: StepUpdate) -> dict[str, float]:
         "masked_token_fraction": mean("masked_fraction"),
         "kl": mean("kl"),
         "grad_norm": _mean([s.grad_norm for s in stats]),
-        "sampler_gap_mean": mean("sampler_gap_mean"),
-        "sampler_gap_max": max((s.sampler_gap_max for s in stats), default=0.0),
+        # of the first update, before which trainer and sampler hold the same weights
+        "sampler_gap_mean": stats[0].sampler_gap_mean if stats else 0.0,
+        "sampler_gap_max": stats[0].sampler_gap_max if stats else 0.0,
         "tokens_trained": tokens,
         "tokens_computed": sum(s.num_computed for s in stats) + update.num_computed,
     }

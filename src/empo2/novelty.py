@@ -105,13 +105,13 @@ class NoveltyCounter:
         if self._exact:
             index = known.texts.get(visited.texts[turn])
             return [] if index is None else [index]
-        similarities = known.keys @ visited.keys[turn]
+        similarities = store.cosines(known.keys, visited.keys[turn])
         return [int(i) for i in np.flatnonzero(similarities >= self._threshold - _ROUNDING)]
 
     def _own_earlier(self, visited: Visited, turn: int) -> int:
         if self._exact:
             return list(visited.texts[:turn]).count(visited.texts[turn])
-        similarities = visited.keys[:turn] @ visited.keys[turn]
+        similarities = store.cosines(visited.keys[:turn], visited.keys[turn])
         return int(np.count_nonzero(similarities >= self._threshold - _ROUNDING))
 
     def _count(self, step: int, visited: Visited, turn: int) -> None:
@@ -119,7 +119,7 @@ class NoveltyCounter:
         same = self._same(known, visited, turn)
         key, text = visited.keys[turn], visited.texts[turn]
         if same:
-            index = same[int(np.argmax(known.keys[same] @ key))]
+            index = same[int(np.argmax(store.cosines(known.keys[same], key)))]
             known.visits[index] += 1
         else:
             cursor = self._db.execute(

@@ -1,4 +1,4 @@
-"""The SQLite file that `TipMemory` and `NoveltyCounter` share.
+"""What `TipMemory` and `NoveltyCounter` share: the SQLite file, and how embeddings are compared.
 
 Rows are never changed in place: they are born at a step and may be evicted at a later one, so any earlier step that a
 checkpoint still needs can be brought back exactly.
@@ -9,6 +9,9 @@ import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tips (
@@ -35,3 +38,13 @@ def digest(rows: Iterable[tuple[Any, ...]]) -> str:
     for row in rows:
         sha.update(repr(row).encode())
     return sha.hexdigest()
+
+
+def cosines(keys: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cosine of each unit vector with another, [N, D] and [D] → [N].
+
+    One dot product a row: a matrix product (``keys @ query``) rounds a row by its place among the others, so that equal
+    keys would not tie.
+    """
+    similarities: NDArray[np.float32] = np.vecdot(keys, query)
+    return similarities

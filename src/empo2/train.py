@@ -49,7 +49,8 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
     step, version = resume(parts, run)
     if step == 0:
         record_evaluation(parts, run, observer, 0)
-    while step < config.train.steps and not stop():
+    ending = step == config.train.steps
+    while not ending:
         step += 1
         started = time.perf_counter()
         groups = collect_groups(parts, step)
@@ -80,12 +81,12 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
                 total=ended - started,
             ),
         }
-        last = step == config.train.steps
-        if last or (config.eval.every and step % config.eval.every == 0):
+        if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
             result |= record_evaluation(parts, run, observer, step)
         run.append_metrics(metrics.finite_or_text(result))
         observer.stepped(step, result)
-        if last or stop() or step % config.train.checkpoint_every == 0:
+        ending = step == config.train.steps or stop()
+        if ending or step % config.train.checkpoint_every == 0:
             save(parts, run, step, version)
     return run.checkpoints()[-1]
 

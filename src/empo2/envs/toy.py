@@ -5,6 +5,7 @@ the variation only. The score is 100 for taking the coin and 0 before; names are
 """
 
 import random
+import re
 from typing import Any
 
 from empo2.envs.base import Split
@@ -39,7 +40,8 @@ class ToyEnvironment:
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self.done:
             raise RuntimeError("step() after the episode ended; call reset() first")
-        verb = next((word for word in action.lower().split() if word in (*DIRECTIONS, "take", "look")), "")
+        known = re.search("north|south|east|west|take|look", action.lower())
+        verb = known.group() if known else ""
         valid, reward = True, 0.0
         if verb in self.doors[self.room]:
             self.room = self.doors[self.room][verb]
