@@ -1,0 +1,58 @@
+"""The README and the docs say only what is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from empo2 import cli, config
+from empo2.cli import recipe_folder
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of shell blocks that run empo2 or make."""
+    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), flags=re.S)
+    lines = [line.split("#")[0].strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("empo2 ", "make ", ".venv/bin/empo2 "))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_in_the_docs_can_be_parsed(page: Path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert words[1] in targets, command
+        else:
+            cli.parser().parse_args(words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_settings_named_in_the_docs_exist(page: Path):
+    known = {f"{s}.{name}" for s, kind in config.sections().items() for name in config.field_help(kind)}
+    sections = "|".join(config.sections())
+    for name in re.findall(rf"`(?:--)?((?:{sections})\.[a-z_0-9]+)", page.read_text()):
+        if not name.endswith(".py") and not (ROOT / "src" / "empo2" / f"{name.split('.')[0]}.py").exists():
+            assert name in known, f"{page.name}: {name}"
+
+
+def test_every_recipe_is_named_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for path in recipe_folder().glob("*.toml"):
+        assert path.stem in readme
+
+
+def test_the_test_command_of_the_readme_is_what_ci_runs():
+    assert "make test" in (ROOT / "README.md").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,181 @@
+"""Each metric moves when its cause is forced, so that none is a constant."""
+
+from dataclasses import replace
+
+import pytest
+from runs import run_training, smoke
+
+from empo2 import metrics
+from empo2.collect import CollectCounters
+from empo2.learner import UpdateStats
+from empo2.types import Completion, Ending, EpisodeKey, Mode, Rendering, Task, Tip, Trajectory, TrajectoryGroup, Turn
+from empo2.update import StepUpdate
+
+TASK = Task(environment="toy", name="coin-3", variation=0)
+
+
+def turn(**changes) -> Turn:
+    made = Turn(
+        observation="o",
+        state="s",
+        tips=(),
+        prompt=Rendering(keep=0, new=(1,)),
+        plain=Rendering(keep=0, new=(1,)),
+        completion=Completion(token_ids=(2,), logprobs=(-1.0,), text="go", truncated=False),
+        action="go",
+        parsed=True,
+        valid=True,
+        reward=0.0,
+    )
+    return replace(made, **changes)
+
+
+def episode(number: int = 0, turns: tuple[Turn, ...] | None = None, **changes) -> Trajectory:
+    made = Trajectory(
+        task=TASK,
+        mode=Mode.PLAIN,
+        key=EpisodeKey(1, 0, number),
+        policy_version=0,
+        turns=turns or (turn(), turn()),
+        final_state="f",
+        ending=Ending.TERMINATED,
+        score=0.0,
+        success=False,
+    )
+    return replace(made, **changes)
+
+
+BASE = (episode(0), episode(1))
+TIP = Tip(text="t", score=1.0, similarity=0.9, source=EpisodeKey(0, 0, 0))
+TRUNCATED = replace(turn().completion, truncated=True)
+TIPPED = replace(BASE[1], mode=Mode.WITH_TIPS, turns=(turn(tips=(TIP,), candidates=3, entries=4), turn()))
+
+
+def collected(*episodes: Trajectory, returns: tuple[float, ...] | None = None) -> dict[str, float]:
+    group = TrajectoryGroup(task=TASK, trajectories=episodes)
+    return metrics.of_collection([group], [list(returns or [0.0] * len(episodes))], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "value"),
+    [
+        ("mode_with_tips", (BASE[0], TIPPED), 1),
+        ("mode_distill", (BASE[0], replace(BASE[1], mode=Mode.DISTILL)), 1),
+        ("mode_plain", (BASE[0], TIPPED), 1),
+        ("num_episodes", (*BASE, episode(2)), 3),
+        ("score_mean", (BASE[0], replace(BASE[1], score=50.0)), 25.0),
+        ("success_rate", (BASE[0], replace(BASE[1], success=True)), 0.5),
+        ("valid_action_rate", (BASE[0], episode(1, (turn(valid=False), turn()))), 0.75),
+        ("truncated_rate", (BASE[0], episode(1, (turn(completion=TRUNCATED), turn()))), 0.25),
+        ("unparsed_rate", (BASE[0], episode(1, (turn(parsed=False), turn()))), 0.25),
+        ("turns_mean", (BASE[0], episode(1, (turn(),) * 4)), 3.0),
+        ("token_limit_rate", (BASE[0], replace(BASE[1], ending=Ending.TOKEN_LIMIT)), 0.5),
+        ("novelty_mean", (BASE[0], episode(1, (turn(novelty=1.0), turn()))), 0.25),
+        ("tips_written", (BASE[0], replace(BASE[1], tip="Look first.")), 1),
+        ("tips_retrieved_mean", (BASE[0], TIPPED), 0.5),
+        ("tip_candidate_share", (BASE[0], TIPPED), 0.75),
+        ("score_with_tips", (BASE[0], replace(TIPPED, score=8.0)), 8.0),
+        ("episode_restarts", (BASE[0], replace(BASE[1], restarts=2)), 2),
+        ("score_std_in_group", (BASE[0], replace(BASE[1], score=2.0)), pytest.approx(2**0.5)),
+    ],
+)
+def test_collection_metrics_move(name, changed, value):
+    assert collected(*BASE).get(name) != value
+    assert collected(*changed)[name] == value
+
+
+def test_return_and_the_share_of_novelty_in_it():
+    only_score = (BASE[0], replace(BASE[1], score=100.0))
+    assert collected(*BASE)["novelty_share_of_advantage"] == 0
+    assert collected(*only_score, returns=(0.0, 1.0))["novelty_share_of_advantage"] == 0
+    assert collected(*BASE, returns=(0.0, 1.0))["novelty_share_of_advantage"] == 1
+    assert collected(*only_score, returns=(0.0, 2.0))["novelty_share_of_advantage"] == 0.5
+    assert collected(*BASE, returns=(0.0, 1.0))["return_mean"] == 0.5
+
+
+STATS = UpdateStats(
+    loss=0.0,
+    entropy=0.0,
+    ratio_mean=1.0,
+    ratio_max=1.0,
+    clip_fraction=0.0,
+    masked_fraction=0.0,
+    kl=0.0,
+    grad_norm=0.0,
+    num_tokens=10,
+    num_computed=20,
+    sampler_gap_mean=0.0,
+    sampler_gap_max=0.0,
+    skipped=False,
+)
+
+
+def updated(*stats: UpdateStats, skipped_groups: int = 0) -> dict[str, float]:
+    return metrics.of_update(StepUpdate(updates=stats, num_skipped_groups=skipped_groups, num_computed=5))
+
+
+def test_update_metrics_are_weighted_by_tokens():
+    other = replace(STATS, num_tokens=30, loss=4.0, entropy=2.0, ratio_mean=2.0, ratio_max=9.0, clip_fraction=1.0)
+    other = replace(other, masked_fraction=0.5, kl=0.4, grad_norm=2.0, skipped=True)
+    found = updated(STATS, other, skipped_groups=3)
+    expected = {
+        "zero_advantage_groups": 3,
+        "updates": 2,
+        "updates_skipped": 1,
+        "loss": 2.0,
+        "entropy": 1.5,
+        "ratio_mean": 1.75,
+        "ratio_max": 9.0,
+        "clip_fraction": 0.75,
+        "masked_token_fraction": 0.375,
+        "grad_norm": 1.0,
+        "tokens_trained": 40,
+        "tokens_computed": 45,
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert found["kl"] == pytest.approx(0.3)
+
+
+def test_the_sampler_gap_is_that_of_the_first_update():
+    late = replace(STATS, sampler_gap_mean=1.0, sampler_gap_max=2.0)
+    assert updated(STATS, late)["sampler_gap_max"] == 0
+    assert updated(late, STATS)["sampler_gap_max"] == 2.0
+
+
+def test_a_step_without_any_signal_says_so():
+    assert updated(skipped_groups=2)["loss"] == 0
+    assert updated(skipped_groups=2)["zero_advantage_groups"] == 2
+
+
+def test_time_metrics_add_up():
+    counters = CollectCounters(action_tokens=30, tip_tokens=12, tip_seconds=2.0, environment_seconds=0.5)
+    found = metrics.of_time(counters, collect=10.0, commit=1.0, train=5.0, total=16.0)
+    assert found["tokens_sampled"] == 42
+    assert found["seconds_collect"] + found["seconds_tips"] + found["seconds_train"] == found["seconds_total"] == 16.0
+
+
+def test_infinity_is_written_as_text():
+    assert metrics.finite_or_text({"a": float("inf"), "b": float("nan"), "c": 1.0}) == {
+        "a": "inf",
+        "b": "nan",
+        "c": 1.0,
+    }
+
+
+def test_settings_move_their_metrics(tmp_path):
+    """Whole runs: what a recipe switches shows in the metrics."""
+    short = [("train.steps", 2), ("eval.num_variations", 1), ("eval.train_variations", 0), ("eval.episodes", 1)]
+    loud = run_training(tmp_path / "a", smoke(*short, ("modes.p", 1.0), ("modes.q", 1.0), ("loss.kl", 0.1))).metrics()
+    quiet = run_training(
+        tmp_path / "b", smoke(*short, ("modes.p", 0.0), ("novelty.coefficient", 0.0), ("loss.delta", 0.0))
+    ).metrics()
+    assert all(line["mode_distill"] == line["num_episodes"] for line in loud)
+    assert all(line["mode_plain"] == line["num_episodes"] for line in quiet)
+    assert loud[1]["tips_retrieved_mean"] > 0
+    assert loud[1]["masked_token_fraction"] > 0
+    assert quiet[1]["tips_retrieved_mean"] == quiet[1]["tips_written"] == quiet[1]["masked_token_fraction"] == 0
+    assert quiet[1]["novelty_mean"] == quiet[1]["distinct_states"] == 0
+    assert loud[0]["distinct_states"] <= loud[1]["distinct_states"]
+    assert loud[1]["kl"] > 0
+    assert "eval_score_mean" in loud[-1]
+    assert "eval_score_mean" not in loud[0]
