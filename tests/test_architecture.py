@@ -113,3 +113,11 @@ def test_no_exception_is_swallowed():
                         isinstance(n, ast.Raise) for n in ast.walk(node)
                     ) or "answer = error" in ast.unparse(node)
                     assert passes_on, f"{path.name}:{node.lineno}"
+
+
+def test_every_package_folder_is_shipped():
+    import tomllib
+
+    listed = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(("empo2", *p.parent.relative_to(SOURCE).parts)) for p in SOURCE.rglob("__init__.py")}
+    assert set(listed) == folders | {"empo2.recipes"}

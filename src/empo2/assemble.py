@@ -103,7 +103,7 @@ def needed_models(config: Config) -> list[str]:
 
 
 def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> Parts:
-    """Load the model, start environments, gather worked examples. Call `preflight` first, then fetch `needed_models`."""
+    """Load the model, start environments, gather worked examples. Before: `preflight`, then fetch `needed_models`."""
     torch.set_num_threads(config.train.threads or available_cores())
     device = _device(config)
     environment = make_suite(config)
@@ -207,8 +207,8 @@ def worked_examples(config: Config, environment: Suite, pool: EnvironmentPool) -
         found[name] = tuple((short + long)[: config.prompt.examples])
         if len(found[name]) < config.prompt.examples:
             raise ConfigError(
-                f"{name} offers {len(found[name])} worked episodes outside the trained variations, prompt.examples asks "
-                f"for {config.prompt.examples}; lower prompt.examples or env.num_variations"
+                f"{name} offers {len(found[name])} worked episodes outside the trained variations, prompt.examples "
+                f"asks for {config.prompt.examples}; lower prompt.examples or env.num_variations"
             )
     return found
 
@@ -220,8 +220,8 @@ def _check_context(rules: PromptRules, examples: Mapping[str, Sequence[WorkedExa
         length = len(rules.chat.conversation(opening(rules.instructions, shown, "", first, cue=rules.cue)))
         if length + rules.max_action_tokens > rules.max_tokens:
             raise ConfigError(
-                f"the prompt of {name} takes {length} tokens and leaves no room for an action within model.max_tokens = "
-                f"{rules.max_tokens}; raise it, or lower prompt.examples"
+                f"the prompt of {name} takes {length} tokens and leaves no room for an action within model.max_tokens "
+                f"= {rules.max_tokens}; raise it, or lower prompt.examples"
             )
 
 

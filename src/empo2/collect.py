@@ -19,8 +19,8 @@ from empo2.types import (
     Embedder,
     EpisodeKey,
     EpisodePlan,
-    SampleRequest,
     Sampler,
+    SampleRequest,
     SamplingParams,
     TokenIds,
     Trajectory,
@@ -55,7 +55,7 @@ class CollectCounters:
 class Collector:
     """Runs episodes in ``pool`` with ``sampler``; reads ``memory`` and writes nothing.
 
-    ``examples``: worked episodes by task name. ``overlap``: two halves in turn. ``longest``: the model's context length.
+    ``examples``: worked episodes by task name. ``overlap``: two halves in turn. ``longest``: the model's context.
     """
 
     def __init__(

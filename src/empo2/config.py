@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import tomllib
 import types
 import typing
@@ -303,7 +304,7 @@ def field_help(section: type) -> dict[str, str]:
     """Field name → the docstring that stands below it."""
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(section)).body[0]).body
     texts = {}
-    for definition, following in zip(body, body[1:], strict=False):
+    for definition, following in itertools.pairwise(body):
         if isinstance(definition, ast.AnnAssign) and isinstance(following, ast.Expr):
             text = typing.cast(ast.Constant, following.value).value
             texts[typing.cast(ast.Name, definition.target).id] = " ".join(str(text).split())
@@ -317,7 +318,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _coerce(value: Any, kind: Any, name: str) -> Any:
-    """The value as the field's type, or ConfigError naming the rule. Text (from a command line) is read as that type."""
+    """The value as the field's type, or ConfigError naming the rule. Text (of a command line) is read as that type."""
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None or (isinstance(value, str) and value.lower() == "none"):

@@ -1,6 +1,7 @@
 """Sentence embedders: texts → unit vectors. A text's vector depends on that text alone, never on its batch."""
 
 import hashlib
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class HashingEmbedder:
     def _one(self, text: str) -> Vectors:
         words = re.findall(r"\w+", text.lower())
         vector = np.zeros(self.dimension, np.float32)
-        for feature in [*words, *map(" ".join, zip(words, words[1:], strict=False))]:
+        for feature in [*words, *map(" ".join, itertools.pairwise(words))]:
             digest = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
             vector[digest % self.dimension] += 1 if digest >> 63 else -1
         norm = float(np.linalg.norm(vector))

@@ -6,7 +6,7 @@ turn the prompt begins, is all that `memory.placement` and `prompt.history` chan
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from empo2 import prompts
@@ -71,7 +71,7 @@ class LiveEpisode:
     _before: TokenIds = ()
     _plain_before: TokenIds = ()
     _tip_tokens_shown: int = 0
-    _under_way: dict[str, Any] | None = None  # the turn whose action the environment is working on
+    _under_way: Turn | None = None  # the turn whose action the environment is working on
 
     def begin(self, observation: str, info: dict[str, Any]) -> None:
         """Take the environment's first observation; a restarted episode forgets what it did."""
@@ -120,7 +120,7 @@ class LiveEpisode:
         """Record the policy's completion; the action for the environment."""
         action, parsed = prompts.action_of(completion.text)
         current = self._opens[-1]
-        self._under_way = dict(
+        self._under_way = Turn(
             observation=current.observation,
             state=current.state,
             tips=current.tips,
@@ -131,6 +131,8 @@ class LiveEpisode:
             parsed=parsed,
             candidates=current.retrieved.candidates if current.retrieved else 0,
             entries=current.retrieved.entries if current.retrieved else 0,
+            valid=parsed,
+            reward=0.0,
         )
         self._before = self._prompt + completion.token_ids
         self._plain_before = self._plain + completion.token_ids
@@ -139,8 +141,8 @@ class LiveEpisode:
     def observe(self, result: StepResult, max_turns: int) -> None:
         """Take the environment's answer to the action and close the turn."""
         assert self._under_way is not None
-        valid = bool(result.info.get("valid", True)) and self._under_way["parsed"]
-        self.turns.append(Turn(**self._under_way, valid=valid, reward=result.reward))
+        valid = self._under_way.valid and bool(result.info.get("valid", True))
+        self.turns.append(replace(self._under_way, valid=valid, reward=result.reward))
         self._under_way = None
         self._opens.append(_Open(result.observation, str(result.info.get("state") or result.observation)))
         if result.terminated:
@@ -150,7 +152,7 @@ class LiveEpisode:
             self.ending = Ending.TURN_LIMIT
 
     def tip_prompt(self, longest: int) -> TokenIds:
-        """The conversation as the policy saw it, then the request for a tip; without the last observation if too long."""
+        """The conversation as it was seen, then the request for a tip (without the last observation if too long)."""
         last = self.turns[-1].completion.token_ids
         for observation in (self.observation, ""):
             request = prompts.tip_request(observation, self.score)
@@ -190,7 +192,7 @@ class LiveEpisode:
         return ids
 
     def _piece(self, index: int, *, opens: bool, shows_tips: bool) -> TokenIds:
-        """Ids from the end of completion ``index`` − 1 (or the very beginning) to where completion ``index`` starts."""
+        """Ids from the end of completion ``index`` − 1 (or the beginning) to where completion ``index`` starts."""
         key = (index, opens, shows_tips)
         if key not in self._pieces:
             observation = self._opens[index].observation
@@ -216,6 +218,7 @@ class LiveEpisode:
             cost = len(self.rules.chat.text_ids(f"- {tip.text}\n"))
             if tip.text not in seen and cost <= budget:
                 chosen.append(tip)
+                seen.add(tip.text)
                 budget -= cost
                 self._tip_tokens_shown += cost
         return tuple(chosen)

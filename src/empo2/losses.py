@@ -21,7 +21,7 @@ def importance_ratio(logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:
 def clipped_policy_loss(
     ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """−min(ρA, clip(ρ, 1 − low, 1 + high) A), bounded by −cA where A < 0; loss [N] and where clipping decided [N].
+    """−min(ρA, clip(ρ, 1 − low, 1 + high) A), bounded by −cA where A < 0: loss [N], where clipping decided [N].
 
     PPO's clipped surrogate with separate bounds ("clip-higher", DAPO) and the dual clip of Ye et al. 2020: for a
     negative advantage the objective is never below c·A, so that one token's huge ratio cannot take over an update.
@@ -47,7 +47,7 @@ def probable_enough(logprobs: Tensor, delta: float) -> Tensor:
 
 
 def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """exp(d) − d − 1 with d = log π_ref − log π_θ, [N]: unbiased, never negative (Schulman's k3) for KL(π_θ ‖ π_ref)."""
+    """exp(d) − d − 1, d = log π_ref − log π_θ, [N]: Schulman's k3 for KL(π_θ ‖ π_ref), unbiased and never negative."""
     difference = reference_logprobs - logprobs
     return torch.exp(difference) - difference - 1
 

@@ -143,7 +143,7 @@ def locate(path: str) -> str:
         return str(folder)
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise MissingPart(
-            f"there is no model {path!r}; model.path is {SMOLLM2}, {TINY}, a local folder, or a hub name like owner/name"
+            f"there is no model {path!r}; model.path is {SMOLLM2}, {TINY}, a local folder, or a hub name (owner/name)"
         )
     return path
 

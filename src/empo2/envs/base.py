@@ -12,8 +12,13 @@ Split = Literal["train", "dev", "test"]
 class Suite(Protocol):
     """All tasks of one environment. Cheap to make, picklable; `open` runs in a worker process."""
 
-    name: str
-    per_worker: int  #: environments that one worker process may hold; 1 where each starts a process of its own
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def per_worker(self) -> int:
+        """Environments that one worker process may hold; 1 where each starts a process of its own."""
+        ...
 
     def task_names(self) -> tuple[str, ...]: ...
 
@@ -48,7 +53,7 @@ def suite(name: str, **options: Any) -> Suite:
     if name == "toy":
         from empo2.envs.toy import ToySuite
 
-        return ToySuite()
+        return ToySuite(**options)
     raise ConfigError(f"there is no environment {name!r}; known: {', '.join(SUITES)}; set env.name")
 
 

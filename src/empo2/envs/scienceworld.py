@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from empo2.envs.base import Split
-from empo2.errors import EnvironmentCrashed, MissingPart
+from empo2.errors import EnvironmentCrashed, MissingPart, UsageError
 from empo2.types import Task, WorkedExample
 
 #: Task name → (train, dev, test) counts of the official split; variations are numbered in that order.
@@ -78,8 +78,10 @@ INSTRUCTIONS = (
     "mix OBJ; read OBJ; eat OBJ; teleport to LOC; inventory; wait."
 )
 
-_NOT_UNDERSTOOD = "No known action matches that input."
-_AMBIGUOUS = "Ambiguous request"
+_NO_SUCH_ACTION = "No known action matches that input."
+#: What answers that begin so say: the action was not understood, or could mean several things (asks for a number), or
+#: came where that number was asked for.
+_NOT_VALID = (_NO_SUCH_ACTION, "Ambiguous request", "Unknown action.")
 _CHANGES_NOTHING = "The door is already open."
 
 #: Equal actions give equal episodes only with this hash function (ENVIRONMENTS in docs/environments.md).
@@ -114,36 +116,43 @@ class ScienceWorldEnvironment:
         from scienceworld.constants import BASEPATH, JAR_PATH
 
         logging.getLogger("py4j").setLevel(logging.CRITICAL)
-        port, process = launch_gateway(
-            java_path=str(java_executable()),
-            classpath=JAR_PATH,
-            cwd=BASEPATH,
-            javaopts=list(_JVM_OPTIONS),
-            die_on_exit=True,
-            return_proc=True,
-        )
-        self._process = process
-        self._gateway = JavaGateway(
-            gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process
-        )
-        self._server = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+        try:
+            (port, token), self._process = launch_gateway(
+                java_path=str(java_executable()),
+                classpath=JAR_PATH,
+                cwd=BASEPATH,
+                javaopts=list(_JVM_OPTIONS),
+                die_on_exit=True,
+                enable_auth=True,  # else every user of this machine could run code through the port
+                return_proc=True,
+            )
+        except (OSError, ValueError) as error:  # ValueError: Java wrote something else than its port
+            raise EnvironmentCrashed(f"{java_executable()} did not start ({error}); is there memory left?") from error
+        parameters = GatewayParameters(auto_field=True, port=port, auth_token=token)
+        self._gateway = JavaGateway(gateway_parameters=parameters, java_process=self._process)
         self._simplification = simplification
+        self._task_text = ""
         self._score = 0
         self._done = True
         self._closed = False
+        try:
+            self._server = self._call(lambda: self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface())
+        except EnvironmentCrashed:
+            self.close()
+            raise
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
         """Load a variation; the simulator has no randomness of its own, so ``seed`` changes nothing."""
-        self._call(self._server.load, task.name, task.variation, self._simplification, False)
+        self._load(task, with_gold_path=False)
         self._score, self._done = 0, False
-        observation = self._call(self._server.freeActionLook).strip()
-        return observation, {"state": self._state(), "task": self._call(self._server.getTaskDescription).strip()}
+        self._task_text = self._call(self._server.getTaskDescription).strip()
+        return self._call(self._server.freeActionLook).strip(), {"state": self._state(), "task": self._task_text}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self._done:
             raise RuntimeError("step() after the episode ended; call reset() first")
-        if action.strip().lower() == "reset task":  # would start the simulator's episode again
-            observation = _NOT_UNDERSTOOD
+        if _resets(action):
+            observation = _NO_SUCH_ACTION
         else:
             observation = self._call(self._server.step, action).strip()
         score = round(100 * self._call(self._server.getScore))
@@ -151,7 +160,7 @@ class ScienceWorldEnvironment:
         self._done = bool(self._call(self._server.getCompleted)) or score < 0
         info = {
             "state": self._state(),
-            "valid": not observation.startswith((_NOT_UNDERSTOOD, _AMBIGUOUS)),
+            "valid": not observation.startswith(_NOT_VALID),
             "success": score >= 100,
         }
         return observation, float(reward), self._done, False, info
@@ -161,7 +170,8 @@ class ScienceWorldEnvironment:
             return
         self._closed = True
         self._gateway.shutdown()
-        self._process.terminate()
+        self._process.stdin.close()
+        self._process.kill()
         self._process.wait()
 
     def worked_example(self, task: Task) -> WorkedExample | None:
@@ -169,7 +179,7 @@ class ScienceWorldEnvironment:
 
         Opening doors that "easy" leaves open is cut where the shorter path still reaches the full score.
         """
-        self._call(self._server.load, task.name, task.variation, self._simplification, True)
+        self._load(task, with_gold_path=True)
         gold = [str(action) for action in self._call(self._server.getGoldActionSequence)]
         first = self._replay(task, gold)
         shorter = [action for action, (_, after) in zip(gold, first, strict=False) if after != _CHANGES_NOTHING]
@@ -182,8 +192,7 @@ class ScienceWorldEnvironment:
 
     def _replay(self, task: Task, actions: list[str]) -> list[tuple[str, str]]:
         """(observation before, observation after) of each action, until the episode ends."""
-        observation, info = self.reset(task, 0)
-        self._task_text = info["task"]
+        observation, _ = self.reset(task, 0)
         record = []
         for action in actions:
             if self._done:
@@ -192,6 +201,11 @@ class ScienceWorldEnvironment:
             observation = self.step(action)[0]
             record.append((before, observation))
         return record
+
+    def _load(self, task: Task, *, with_gold_path: bool) -> None:
+        if not 0 <= task.variation < sum(SPLITS.get(task.name, ())):  # the simulator would answer with an error's text
+            raise UsageError(f"there is no {task}; `empo2 envs scienceworld` lists the tasks and their variations")
+        self._call(self._server.load, task.name, task.variation, self._simplification, with_gold_path)
 
     def _state(self) -> str:
         """What identifies a state: the room and what is carried. Both are free in the simulator."""
@@ -204,7 +218,15 @@ class ScienceWorldEnvironment:
         try:
             return method(*arguments)
         except Py4JError as error:
-            raise EnvironmentCrashed(f"the ScienceWorld simulator stopped answering: {error}") from error
+            raise EnvironmentCrashed(f"the ScienceWorld simulator failed: {error}") from error
+
+
+def _resets(action: str) -> bool:
+    """Whether the simulator, which drops articles and spaces, would read `reset task`.
+
+    That action sets the episode's progress back, after which the same progress is rewarded again.
+    """
+    return [word for word in action.lower().split() if word not in ("a", "an", "the")] == ["reset", "task"]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def build_map(num_rooms: int, variation: int) -> tuple[dict[str, dict[str, str]]
 class ToyEnvironment:
     """Actions: `go north|south|east|west`, `take coin`, `look`; the first word known counts, as in old text games."""
 
+    done = True  #: no episode is under way
+
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
         self.doors, self.room, self.coin = build_map(SIZES[task.name], task.variation)
         self.done = False

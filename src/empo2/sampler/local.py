@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from empo2 import streams
-from empo2.attention import causal_mask
 from empo2.sequences import common_prefix
 from empo2.types import Completion, SampleRequest, SamplingParams, TokenIds
 
+WORTH_SHARING = 64  #: tokens of a common prefix that are attended to in one call for all rows
 WORTH_COPYING = 16  #: tokens by which another slot's prefix must be longer than the own one
 
 
@@ -57,32 +56,88 @@ class _KVCache:
 
 
 class _AttendCache:
-    """Writes a pass's keys and values into the cache, and lets each chunk see its own slot only."""
+    """Writes a pass's keys and values into the cache, and lets each chunk see its own slot only.
 
-    def __init__(self, cache: _KVCache, chunks: Sequence[_Chunk], device: torch.device) -> None:
-        self._cache, self._chunks = cache, chunks
+    The first ``shared`` tokens are the same in all the chunks' slots: all tokens of the pass look at them in one call,
+    then each chunk at the rest of its own slot, and the two results are joined by their log-sum-exps.
+    """
+
+    def __init__(self, cache: _KVCache, chunks: Sequence[_Chunk], shared: int, device: torch.device) -> None:
+        self._cache, self._chunks, self._shared = cache, chunks, shared
         self.longest = max(c.past + c.stop - c.start for c in chunks)
-        self._masks = [causal_mask(c.stop - c.start, c.past, device) if c.stop - c.start > 1 else None for c in chunks]
+        self._slots = [chunk.slot for chunk in chunks]
+        self._one_each = all(chunk.stop - chunk.start == 1 for chunk in chunks)
+        dtype = cache.keys[0].dtype
+        if self._one_each:
+            ends = torch.tensor([chunk.past + 1 - shared for chunk in chunks], device=device)
+            hidden = torch.arange(self.longest - shared, device=device)[None] >= ends[:, None]
+            self._masks = [_additive(hidden[:, None, None], dtype)]
+        else:
+            self._masks = [_additive(~_seen(chunk, shared, device), dtype) for chunk in chunks]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        parts = []
-        for chunk, mask in zip(self._chunks, self._masks, strict=True):
+        for chunk in self._chunks:
             own, end = slice(chunk.start, chunk.stop), chunk.past + chunk.stop - chunk.start
             keys[chunk.slot, :, chunk.past : end] = key[0, :, own]
             values[chunk.slot, :, chunk.past : end] = value[0, :, own]
-            seen_keys, seen_values = keys[None, chunk.slot, :, :end], values[None, chunk.slot, :, :end]
-            q = query[:, :, own]
-            if q.shape[2] == 1:  # one new token: the heads of a group take the place of query positions
-                q = q.reshape(1, seen_keys.shape[1], -1, q.shape[-1])
-                out = F.scaled_dot_product_attention(q, seen_keys, seen_values, scale=scale)
-                out = out.reshape(1, query.shape[1], 1, -1)
-            else:
-                out = F.scaled_dot_product_attention(
-                    q, seen_keys, seen_values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-                )
-            parts.append(out)
-        return torch.cat(parts, dim=2)
+        out, weight = self._rests(query, keys, values, scale)
+        if not self._shared:
+            return out
+        slot = self._slots[0]
+        first, first_weight = _attend(
+            query, keys[None, slot, :, : self._shared], values[None, slot, :, : self._shared], None, scale
+        )
+        share = torch.sigmoid(first_weight - weight)[..., None].to(out.dtype)
+        return torch.lerp(out, first, share)
+
+    def _rests(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention to what follows the shared prefix: output [1, H, N, D], log-sum-exp [1, H, N]."""
+        start = self._shared
+        if self._one_each:  # one new token each: the chunks are a batch
+            rows = keys[self._slots, :, start : self.longest], values[self._slots, :, start : self.longest]
+            out, weight = _attend(query.transpose(0, 2), *rows, self._masks[0], scale)
+            return out.transpose(0, 2), weight.transpose(0, 2)
+        parts = []
+        for chunk, mask in zip(self._chunks, self._masks, strict=True):
+            seen = slice(start, chunk.past + chunk.stop - chunk.start)
+            rows = keys[None, chunk.slot, :, seen], values[None, chunk.slot, :, seen]
+            parts.append(_attend(query[:, :, chunk.start : chunk.stop], *rows, mask, scale))
+        return torch.cat([out for out, _ in parts], dim=2), torch.cat([weight for _, weight in parts], dim=2)
+
+
+def _seen(chunk: _Chunk, shared: int, device: torch.device) -> Tensor:
+    """True where a new token of the chunk may look, [1, 1, new, past − shared + new]."""
+    own = chunk.stop - chunk.start
+    mask = torch.ones(own, chunk.past - shared + own, dtype=torch.bool, device=device).tril_(chunk.past - shared)
+    return mask[None, None]
+
+
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, H, N, D] to k, v [B, H_kv, S, D]: output like q, and its log-sum-exp [B, H, N], float32.
+
+    The heads that share keys take the place of further query positions, so keys are never repeated. ``mask``: [B, 1,
+    N, S] (N or B may be 1), added to the scores.
+    """
+    batch, heads, tokens, dim = q.shape
+    groups = k.shape[1]
+    grouped = q.reshape(batch, groups, heads // groups * tokens, dim)
+    if mask is not None:
+        mask = mask.repeat(1, 1, heads // groups, 1)
+    if q.device.type == "cpu":
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            grouped, k, v, attn_mask=mask, scale=scale
+        )
+    else:
+        scores = (grouped @ k.transpose(-1, -2)).float() * scale
+        scores = scores if mask is None else scores + mask
+        weight = scores.logsumexp(-1)
+        out = torch.exp(scores - weight[..., None]).to(v.dtype) @ v
+    return out.reshape(batch, heads, tokens, dim), weight.reshape(batch, heads, tokens).float()
 
 
 class LocalSampler:
@@ -202,11 +257,20 @@ class LocalSampler:
             input_ids=torch.tensor([ids], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
-            attend=_AttendCache(self._cache, chunks, self._device),
+            attend=_AttendCache(self._cache, chunks, self._common([slot for slot, _ in parts], chunks), self._device),
             logits_to_keep=torch.tensor([chunk.stop - 1 for chunk in chunks], device=self._device),
         )
         logits: Tensor = out.logits[0].float()
         return logits
+
+    def _common(self, slots: Sequence[int], chunks: Sequence[_Chunk]) -> int:
+        """Length of the prefix that all these slots hold already; 0 where it is not worth a call of its own."""
+        if len(slots) < 2:
+            return 0
+        first = self._cached[slots[0]]
+        shared = min(common_prefix(first, self._cached[slot]) for slot in slots[1:])
+        shared = min(shared, *(chunk.past for chunk in chunks))
+        return shared if shared >= WORTH_SHARING else 0
 
 
 def draw(logits: Tensor, temperature: float, uniforms: Sequence[float]) -> tuple[list[int], list[float]]:
