@@ -211,34 +211,48 @@ def test_the_template_that_the_refused_ones_spoil_is_accepted():
     assert with_template(chatml_saying("message['content']")).opening == TINY["chatml"].opening
 
 
+SAYS = "message['content']"
 REFUSED = {
-    "drops the system message": "{% for message in messages if message['role'] != 'system' %}"
-    + LINE.replace("TEXT", "message['content']")
-    + OPENED,
-    "reorders": "{% for message in messages | reverse %}" + LINE.replace("TEXT", "message['content']") + OPENED,
-    "drops past answers": chatml_saying(
-        "(message['content'] if message['role'] != 'assistant' or loop.last else 'done')"
+    "drops the system message": (
+        "drops or reorders",
+        "{% for message in messages if message['role'] != 'system' %}" + LINE.replace("TEXT", SAYS) + OPENED,
     ),
-    "strips past reasoning": chatml_saying("message['content'].split('</think>')[-1]"),
-    "thinks in the last answer only": chatml_saying(
-        "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' and loop.last else '') + message['content']"
+    "reorders": (
+        "drops or reorders",
+        "{% for message in messages | reverse %}" + LINE.replace("TEXT", SAYS) + OPENED,
     ),
-    "opens a generation that thinks": chatml_saying("message['content']").replace(
-        "assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"
+    "drops past answers": (
+        "drops or reorders",
+        chatml_saying(f"({SAYS} if message['role'] != 'assistant' or loop.last else 'done')"),
     ),
-    "opens no generation": EACH + LINE.replace("TEXT", "message['content']") + "{% endfor %}",
-    "lowers capitals": chatml_saying("message['content'] | lower"),
-    "joins lines": chatml_saying("message['content'] | replace('\\n', ' ')"),
-    "refuses a system message": "{{ raise_exception('System role not supported') }}",
-    "merges words across messages": EACH
-    + "{{ message['role'] + ': ' + message['content'] + ' ' }}{% endfor %}"
-    + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    "thinks in the last answer only": (
+        "history and a new generation differently",
+        chatml_saying(f"('<think></think>' if message['role'] == 'assistant' and loop.last else '') + {SAYS}"),
+    ),
+    "opens a generation that thinks": (
+        "history and a new generation differently",
+        chatml_saying(SAYS).replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"),
+    ),
+    "opens no generation": (
+        "history and a new generation differently",
+        EACH + LINE.replace("TEXT", SAYS) + "{% endfor %}",
+    ),
+    "strips past reasoning": ("changes what messages say", chatml_saying(SAYS + ".split('</think>')[-1]")),
+    "lowers capitals": ("changes what messages say", chatml_saying(SAYS + " | lower")),
+    "joins lines": ("changes what messages say", chatml_saying(SAYS + " | replace('\\n', ' ')")),
+    "refuses a system message": ("refuses .* No system here", "{{ raise_exception('No system here') }}"),
+    "merges words across messages": (
+        "merges text across the borders",
+        EACH
+        + "{{ message['role'] + ': ' + message['content'] + ' ' }}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    ),
 }
 
 
-@pytest.mark.parametrize("template", REFUSED.values(), ids=REFUSED)
-def test_a_template_that_cannot_be_appended_to_is_refused(template):
-    with pytest.raises(UsageError, match=r"template|merges"):
+@pytest.mark.parametrize(("reason", "template"), REFUSED.values(), ids=REFUSED)
+def test_a_template_that_cannot_be_appended_to_is_refused(reason, template):
+    with pytest.raises(UsageError, match=reason):
         with_template(template)
 
 

@@ -4,10 +4,9 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import oracles
+from empo2 import streams
 from empo2.modes import draw_modes
 from empo2.types import Mode
 
@@ -63,14 +62,23 @@ def test_per_episode_the_episodes_of_a_group_differ():
     assert len(columns) == 8  # no two episodes go together
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.sampled_from(GRANULARITIES), st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 5), st.integers(1, 5))
-def test_more_groups_or_episodes_change_no_mode_drawn_before(granularity, seed, step, groups, size):
-    small = modes(granularity, step, seed=seed, groups=groups, size=size)
-    large = modes(granularity, step, seed=seed, groups=groups + 2, size=size + 3)
-    assert len(small) == groups
-    assert all(len(group) == size for group in small)
-    assert small == tuple(group[:size] for group in large[:groups])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_more_groups_or_episodes_change_no_mode_drawn_before(granularity):
+    for step in range(40):
+        small = modes(granularity, step, p=0.5, groups=3, size=2)
+        large = modes(granularity, step, p=0.5, groups=5, size=5)
+        assert [len(group) for group in small] == [2, 2, 2]
+        assert small == tuple(group[:2] for group in large[:3])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_step_and_seed_name_other_draws(granularity):
+    def drawn(seed: int, first: int) -> list:
+        return [modes(granularity, step, p=0.5, seed=seed, groups=1, size=1) for step in range(first, first + 40)]
+
+    assert drawn(0, 0) == drawn(0, 0)
+    assert drawn(0, 0) != drawn(1, 0)
+    assert drawn(0, 0) != drawn(0, 40)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -81,6 +89,13 @@ def test_probabilities_0_and_1_are_certain(granularity):
     assert drawn(0.0, 0.0) == drawn(0.0, 1.0) == {Mode.PLAIN}
     assert drawn(1.0, 0.0) == {Mode.WITH_TIPS}
     assert drawn(1.0, 1.0) == {Mode.DISTILL}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_probability_0_holds_for_the_smallest_draw_of_all(granularity, monkeypatch):
+    monkeypatch.setattr(streams, "uniform", lambda *name: 0.0)
+    assert modes(granularity, p=0.0, q=0.5, groups=1, size=1) == ((Mode.PLAIN,),)
+    assert modes(granularity, p=0.5, q=0.0, groups=1, size=1) == ((Mode.WITH_TIPS,),)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

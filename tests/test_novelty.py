@@ -127,7 +127,7 @@ def test_embedding_kind_takes_texts_of_one_embedding_for_one_state():
 
 
 def test_a_state_is_itself_even_where_its_cosine_is_rounded_below_1():
-    """At threshold 1 only equal embeddings are one state; 0.1 / 0.9949874 has a float32 length below 1."""
+    """At threshold 1 only equal embeddings are one state, though a float32 unit vector may be a little short."""
     generator = np.random.default_rng(0)
     keys = generator.normal(size=(50, 384))
     keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)

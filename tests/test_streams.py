@@ -88,9 +88,9 @@ def test_the_largest_digest_stays_below_1(monkeypatch):
 
 
 def test_shuffled_returns_every_order_equally_often_and_leaves_its_input():
-    items = ("a", "b", "c")
+    items = ["a", "b", "c"]
     counts = Counter(tuple(streams.shuffled(items, 0, "order", index)) for index in range(6000))
-    assert items == ("a", "b", "c")
+    assert items == ["a", "b", "c"]
     assert set(counts) == set(permutations(items))
     assert all(abs(count - 1000) < 4 * math.sqrt(6000 * 1 / 6 * 5 / 6) for count in counts.values())
 

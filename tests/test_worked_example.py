@@ -347,7 +347,7 @@ def shown(value: Any) -> str:
     """A number as the page prints it: four digits, a true minus sign."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return value if isinstance(value, str) else f"{round(value, 12):.4g}".replace("-", "−")
+    return value if isinstance(value, str) else f"{round(value, 12) + 0.0:.4g}".replace("-", "−")
 
 
 def row(label: str, *values: Any) -> str:
@@ -453,6 +453,7 @@ def test_every_function_that_the_page_names_exists_where_its_link_points():
         assert path.is_file(), f"{name} links to {target}, which does not exist"
         parts_of_name = name.split(".")
         module = ".".join(path.relative_to(DOC.parents[1] / "src" / "empo2").with_suffix("").parts)
+        module = module.removesuffix(".__init__")
         assert name.startswith(module + "."), f"{name} links to {target}"
         found: Any = importlib.import_module(f"empo2.{module}")
         for attribute in parts_of_name[len(module.split(".")) :]:

@@ -2,10 +2,19 @@
 
 A worker that dies, or whose call outruns the time limit, is replaced: each of its episodes is reset with the same task
 and seed, its recorded actions are replayed, and the episode goes on where it was. If the replay differs from the
-record, `receive` raises EpisodeDiverged and the episode must be begun again.
+record, `receive_*` raises EpisodeDiverged and the episode must be begun again.
+
+An error in an environment's own code is no crash: it is raised here, its worker traceback added as a note.
 """
 
+import contextlib
+import itertools
+import math
 import multiprocessing
+import os
+import pickle
+import signal
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -18,29 +27,72 @@ from empo2.errors import EnvironmentCrashed, EpisodeDiverged
 from empo2.types import Environment, StepResult, Task, WorkedExample
 
 MAX_ATTEMPTS = 3  #: times a call is tried, each on a fresh worker, before giving up
+CLOSE_S = 5.0  #: seconds that workers have to end by themselves before `close` kills them
+ORPHAN_S = 2.0  #: the same for workers whose parent was killed
+
+_SHAPES = {"reset": "(observation, info)", "step": "(observation, reward, terminated, truncated, info)"}
+_CONTRACT_KEYS = ("state", "valid", "success", "task")  #: of `info`; other keys may differ in a replay (times, say)
 
 
 def _serve(connection: Connection, suite: Suite) -> None:
-    """A worker: answers (slot, method, arguments) with (slot, result) or (slot, exception)."""
+    """A worker: answers (slot, ticket, method, arguments) with (slot, ticket, result or exception)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which may have a step to finish
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     environments: dict[int, Environment] = {}
-    try:
+    with contextlib.ExitStack() as opened, contextlib.suppress(EOFError, OSError):  # raised when the parent hangs up
         while True:
-            slot, method, arguments = connection.recv()
+            slot, ticket, method, arguments = connection.recv()
             try:
                 if slot not in environments:
                     environments[slot] = suite.open()
-                answer: Any = getattr(environments[slot], method)(*arguments)
-            except EnvironmentCrashed:
-                raise
+                    opened.callback(environments[slot].close)
+                answer = _call(environments[slot], method, arguments)
             except Exception as error:  # crosses the process border, raised again by `_receive`
-                error.add_note(traceback.format_exc())
+                error.add_note(f"In the environment's process:\n{traceback.format_exc()}")
                 answer = error
-            connection.send((slot, answer))
-    except (EOFError, KeyboardInterrupt, EnvironmentCrashed):
+            connection.send((slot, ticket, _portable(answer)))
+
+
+def _call(environment: Environment, method: str, arguments: tuple[Any, ...]) -> Any:
+    """The method's answer in plain values. Raises TypeError for a reset or step that breaks the contract."""
+    if method == "worked_example" and not hasattr(environment, method):
+        return None
+    answer = getattr(environment, method)(*arguments)
+    if method not in _SHAPES:
+        return answer
+    try:
+        observation, *numbers, info = answer
+        if method == "step":
+            reward, terminated, truncated = numbers
+            numbers = [float(reward), bool(terminated), bool(truncated)]
+        if isinstance(observation, str) and all(map(math.isfinite, numbers)):
+            return observation, *numbers, dict(info)
+    except (TypeError, ValueError):
         pass
-    finally:
-        for environment in environments.values():
-            environment.close()
+    raise TypeError(
+        f"{type(environment).__name__}.{method} must return {_SHAPES[method]}, the observation a str and the reward "
+        f"finite; it returned {answer!r:.300}"
+    )
+
+
+def _portable(answer: Any) -> Any:
+    """The answer or, where pickle cannot bring it across, an exception that tells of it in words."""
+    try:
+        pickle.loads(pickle.dumps(answer))
+    except Exception as problem:
+        words = "".join(traceback.format_exception_only(answer)) if isinstance(answer, Exception) else repr(answer)
+        error = RuntimeError(f"{words:.3000}\n(in words only, as it cannot be pickled: {problem})")
+        answer = error
+    return answer
+
+
+def _end_with_parent() -> None:
+    """End this worker after a killed parent even if it is stuck in a call; an idle worker ends by itself before."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    time.sleep(ORPHAN_S)
+    os._exit(1)
 
 
 @dataclass
@@ -58,13 +110,14 @@ class _Episode:
     seed: int
     actions: list[str] = field(default_factory=list)
     answers: list[Any] = field(default_factory=list)
+    diverged: str = ""  #: how a replay differed; the episode is then over
 
 
 @dataclass
 class PoolCounters:
     """Faults since the pool was opened."""
 
-    crashes: int = 0  #: workers that died
+    crashes: int = 0  #: workers, or simulators in them, that died
     timeouts: int = 0  #: calls that outran the limit
     replays: int = 0  #: episodes brought back by replaying their actions
     divergences: int = 0  #: replays that differed from the record
@@ -82,6 +135,8 @@ class EnvironmentPool:
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[int, _Worker] = {}
         self._episodes: dict[int, _Episode] = {}
+        self._tickets: dict[int, int] = {}  # the number of each slot's latest call: answers to earlier ones are dropped
+        self._next_ticket = itertools.count()
 
     def start_reset(self, slot: int, task: Task, seed: int) -> None:
         self._episodes[slot] = _Episode(task, seed)
@@ -101,26 +156,22 @@ class EnvironmentPool:
         answer = self._receive(slot, "step")
         self._episodes[slot].answers.append(answer)
         observation, reward, terminated, truncated, info = answer
-        return StepResult(
-            observation=observation, reward=float(reward), terminated=terminated, truncated=truncated, info=info
-        )
+        return StepResult(observation=observation, reward=reward, terminated=terminated, truncated=truncated, info=info)
 
     def worked_example(self, task: Task) -> WorkedExample | None:
         """Ask slot 0 for a solved episode; only between episodes. None if the environment has none to offer."""
         self._episodes.pop(0, None)
         self._send(0, "worked_example", (task,))
-        try:
-            example: WorkedExample | None = self._receive(0, "worked_example", task)
-        except AttributeError:
-            return None
+        example: WorkedExample | None = self._receive(0, "worked_example", task)
         return example
 
     def close(self) -> None:
         """End all workers. Safe to call twice."""
         for worker in self._workers.values():
             worker.connection.close()
+        deadline = time.monotonic() + CLOSE_S
         for worker in self._workers.values():
-            worker.process.join(5)
+            worker.process.join(max(deadline - time.monotonic(), 0))
             _end(worker.process)
         self._workers.clear()
 
@@ -143,76 +194,95 @@ class EnvironmentPool:
     def _send(self, slot: int, method: str, arguments: tuple[Any, ...]) -> None:
         worker = self._worker(slot)
         worker.answers.pop(slot, None)
-        try:
-            worker.connection.send((slot, method, arguments))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # `_receive` finds the worker dead and brings it back
+        self._tickets[slot] = next(self._next_ticket)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_receive` finds the worker dead
+            worker.connection.send((slot, self._tickets[slot], method, arguments))
 
     def _receive(self, slot: int, method: str, *arguments: Any) -> Any:
+        """The answer to the slot's call. A worker that fails is replaced, with all episodes it held."""
+        episode = self._episodes.get(slot)
         for attempt in range(MAX_ATTEMPTS):
             try:
                 if attempt:
                     self._restart(slot, method, arguments)
+                if episode is not None and episode.diverged:
+                    raise EpisodeDiverged(episode.diverged)
                 answer = self._wait(slot)
                 break
-            except EnvironmentCrashed:
-                continue
+            except EnvironmentCrashed as crash:
+                reason = crash
         else:
+            task = episode.task if episode else arguments[0]
+            action = f" ({episode.actions[-1]!r})" if episode and episode.actions else ""
             raise EnvironmentCrashed(
-                f"{self._suite.name} failed {MAX_ATTEMPTS} times in a row at {method} of {self._episodes.get(slot)}; "
-                "`empo2 doctor` says whether its runtime is in order, env.call_timeout_s sets the time limit"
-            )
+                f"{method}{action} of {task} failed {MAX_ATTEMPTS} times, each time in a fresh process: {reason}; "
+                "`empo2 doctor` says whether the environment's runtime is in order"
+            ) from reason
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def _wait(self, slot: int) -> Any:
-        """The slot's next answer; raises EnvironmentCrashed if the worker died or the time is up."""
+        """The slot's next answer; raises EnvironmentCrashed if the worker or its simulator died or the time is up."""
         worker = self._worker(slot)
         deadline = time.monotonic() + self._timeout_s
         while slot not in worker.answers:
             try:
                 if not worker.connection.poll(max(deadline - time.monotonic(), 0)):
                     self.counters.timeouts += 1
-                    raise EnvironmentCrashed("time limit")
-                answered, answer = worker.connection.recv()
+                    raise EnvironmentCrashed(f"no answer within env.call_timeout_s = {self._timeout_s:g}")
+                answered, ticket, answer = worker.connection.recv()
             except (EOFError, OSError):
                 self.counters.crashes += 1
-                raise EnvironmentCrashed("worker died") from None
-            worker.answers[answered] = answer
-        return worker.answers.pop(slot)
+                worker.process.join(1)
+                raise EnvironmentCrashed(f"its process ended with exit code {worker.process.exitcode}") from None
+            if ticket == self._tickets[answered]:
+                worker.answers[answered] = answer
+        answer = worker.answers.pop(slot)
+        if isinstance(answer, EnvironmentCrashed):
+            self.counters.crashes += 1
+            raise answer
+        return answer
 
     def _restart(self, slot: int, method: str, arguments: tuple[Any, ...]) -> None:
         """Replace the slot's worker and bring back all episodes it held."""
         index = slot // self._suite.per_worker
-        worker = self._workers.pop(index, None)
-        if worker is not None:
-            worker.connection.close()
-            _end(worker.process)
-        for held in range(index * self._suite.per_worker, (index + 1) * self._suite.per_worker):
-            if held in self._episodes:
-                self._bring_back(held)
+        worker = self._workers.pop(index)
+        worker.connection.close()
+        _end(worker.process)
+        held = range(index * self._suite.per_worker, (index + 1) * self._suite.per_worker)
+        for other in sorted(held, key=lambda other: other != slot):  # the asked one's answer before another's crash
+            if other in self._episodes:
+                self._bring_back(other)
         if slot not in self._episodes:
             self._send(slot, method, arguments)
 
     def _bring_back(self, slot: int) -> None:
         """Replay a slot's record in its fresh worker and leave its pending call, if any, under way."""
         episode = self._episodes[slot]
+        if episode.diverged:
+            return
         calls: list[tuple[str, tuple[Any, ...]]] = [("reset", (episode.task, episode.seed))]
         calls += [("step", (action,)) for action in episode.actions]
         for (method, arguments), recorded in zip(calls, episode.answers, strict=False):
             self._send(slot, method, arguments)
-            if self._wait(slot) != recorded:
+            if _essence(self._wait(slot)) != _essence(recorded):
                 self.counters.divergences += 1
-                message = f"{episode.task}: a replay in a fresh environment differs at {arguments}"
-                self._worker(slot).answers[slot] = EpisodeDiverged(message)
+                episode.diverged = f"{episode.task}: a replay in a fresh environment differs at {method}{arguments}"
                 return
         self.counters.replays += bool(episode.answers)
         if len(calls) > len(episode.answers):
             self._send(slot, *calls[len(episode.answers)])
 
 
+def _essence(answer: Any) -> Any:
+    """What a replay must repeat of an answer."""
+    if isinstance(answer, Exception):
+        return answer
+    *values, info = answer
+    return values, [info.get(key) for key in _CONTRACT_KEYS]
+
+
 def _end(process: BaseProcess) -> None:
-    if process.is_alive():
-        process.kill()
+    process.kill()
     process.join()

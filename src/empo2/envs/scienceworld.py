@@ -116,8 +116,9 @@ class ScienceWorldEnvironment:
         from scienceworld.constants import BASEPATH, JAR_PATH
 
         logging.getLogger("py4j").setLevel(logging.CRITICAL)
+        logging.getLogger().addFilter(_not_of_py4j)
         try:
-            (port, token), self._process = launch_gateway(
+            port, token, self._process = launch_gateway(
                 java_path=str(java_executable()),
                 classpath=JAR_PATH,
                 cwd=BASEPATH,
@@ -221,11 +222,13 @@ class ScienceWorldEnvironment:
             raise EnvironmentCrashed(f"the ScienceWorld simulator failed: {error}") from error
 
 
-def _resets(action: str) -> bool:
-    """Whether the simulator, which drops articles and spaces, would read `reset task`.
+def _not_of_py4j(record: logging.LogRecord) -> bool:
+    """py4j also writes to the root logger when a JVM is gone, before it raises."""
+    return "py4j" not in record.pathname
 
-    That action sets the episode's progress back, after which the same progress is rewarded again.
-    """
+
+def _resets(action: str) -> bool:
+    """Whether the simulator, which drops articles and spaces, reads `reset task`: that undoes the goals' progress."""
     return [word for word in action.lower().split() if word not in ("a", "an", "the")] == ["reset", "task"]
 
 

@@ -1,0 +1,335 @@
+"""A learning problem in small, for `test_learns.py`: mazes that chance practically never solves, a word-level
+tokenizer, and a policy of 0.1 million parameters that was taught to follow tips and to act at random without them.
+
+The method itself (prompts, collection, memory, novelty, advantages, update, the loop) is the project's, untouched.
+"""
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from empo2 import attention, config, models, prompts, sequences, store
+from empo2.assemble import Parts
+from empo2.chat import ChatFormat
+from empo2.collect import Collector
+from empo2.config import Config
+from empo2.embed import CachedEmbedder, HashingEmbedder
+from empo2.envs.base import Split
+from empo2.episode import LiveEpisode, PromptRules
+from empo2.learner import Learner
+from empo2.memory import Retrieval, TipMemory, scope_of
+from empo2.novelty import NoveltyCounter
+from empo2.run import RunFolder
+from empo2.sampler.local import LocalSampler
+from empo2.train import train
+from empo2.types import (
+    Completion,
+    EpisodeKey,
+    EpisodePlan,
+    Mode,
+    Span,
+    SpanKey,
+    StepResult,
+    Task,
+    Tip,
+    TrainingSequence,
+    Trajectory,
+)
+
+# ---- the environment -------------------------------------------------------------------------------------------------
+
+DOORS = ("red", "blue", "green", "white")  #: every room has all of them
+ROOMS = ("one", "two", "three", "four")  #: chance solves a maze in 1 of 4⁴ = 256 episodes
+NAMES = tuple("oak elm ash yew fir bay fig may lime pear plum teak pine palm sage rose iris lily moss fern".split())
+GOALS = (0, 1, 2, 3)  #: trained with RL, never shown in imitation
+KNOWN = (4, 5, 6, 7)  #: the taught policy knows their ways out by heart; of the others it knows nothing
+
+
+def task_of(variation: int) -> Task:
+    return Task(environment="maze", name="maze", variation=variation)
+
+
+def random_way(rng: random.Random) -> tuple[str, ...]:
+    """One door for each room."""
+    return tuple(rng.choice(DOORS) for _ in ROOMS)
+
+
+def way_out(variation: int) -> tuple[str, ...]:
+    """The ways out of four mazes in a row differ in every room, so that no habit fits two of them."""
+    block, place = divmod(variation, len(DOORS))
+    first = random_way(random.Random(f"maze/{block}"))
+    return tuple(DOORS[(DOORS.index(door) + place) % len(DOORS)] for door in first)
+
+
+class Maze:
+    """Rooms one after another. Every door leads on, but only one way leads out: score 100 at the end, otherwise 0."""
+
+    def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
+        self.way_out = way_out(task.variation)
+        self.taken: tuple[str, ...] = ()
+        return self._look(), {"state": self._look(), "task": f"Leave maze {NAMES[task.variation]}."}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        valid = action in DOORS
+        if valid:
+            self.taken += (action,)
+        over = len(self.taken) == len(ROOMS)
+        solved = over and self.taken == self.way_out
+        seen = self._look() if not over else "You are out." if solved else "You are lost."
+        return seen, 100.0 * solved, over, False, {"state": seen, "valid": valid, "success": solved}
+
+    def close(self) -> None:
+        pass
+
+    def _look(self) -> str:
+        return f"You are in room {ROOMS[len(self.taken)]}, after {' '.join(self.taken) or 'nothing'}."
+
+
+class MazeSuite:
+    """64 mazes; the official train split holds the goals."""
+
+    name = "maze"
+    per_worker = 64
+
+    def task_names(self) -> tuple[str, ...]:
+        return ("maze",)
+
+    def variations(self, task_name: str, split: Split) -> tuple[int, ...]:
+        return GOALS
+
+    def instructions(self) -> str:
+        return "Reply with one door."
+
+    def check(self) -> None:
+        pass
+
+    def open(self) -> Maze:
+        return Maze()
+
+
+class PoolInProcess:
+    """The methods of `EnvironmentPool` that a collector calls, without processes."""
+
+    def __init__(self, suite: MazeSuite, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._environments = [suite.open() for _ in range(num_slots)]
+        self._answers: dict[int, Any] = {}
+
+    def start_reset(self, slot: int, task: Task, seed: int) -> None:
+        self._answers[slot] = self._environments[slot].reset(task, seed)
+
+    def receive_reset(self, slot: int) -> tuple[str, dict[str, Any]]:
+        return self._answers.pop(slot)
+
+    def start_step(self, slot: int, action: str) -> None:
+        self._answers[slot] = step_result(self._environments[slot].step(action))
+
+    def receive_step(self, slot: int) -> StepResult:
+        return self._answers.pop(slot)
+
+    def close(self) -> None:
+        pass
+
+
+def step_result(answer: tuple[str, float, bool, bool, dict[str, Any]]) -> StepResult:
+    observation, reward, terminated, truncated, info = answer
+    return StepResult(observation=observation, reward=reward, terminated=terminated, truncated=truncated, info=info)
+
+
+# ---- tokenizer and policy --------------------------------------------------------------------------------------------
+
+TIPS = {True: "It worked.", False: "It failed."}  #: what the policy learns to write; what was done, the suffix says
+
+
+def word_tokenizer() -> Any:
+    """One token a word, ChatML; the vocabulary is read off everything that is said here."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    shown = [prompts.stored_tip(tip, "Done: in the room one: red; .", 100.0 * good) for good, tip in TIPS.items()]
+    said = [
+        "system user assistant You are in room , after nothing . out lost",
+        MazeSuite().instructions(),
+        prompts.first_turn("Leave maze .", "", shown),
+        *(prompts.tip_request("", 100.0 * good) for good in TIPS),
+        *(" ".join(words) for words in (DOORS, ROOMS, NAMES)),
+    ]
+    splitter = pre_tokenizers.Whitespace()
+    words = dict.fromkeys(["<unk>", *(word for text in said for word, _ in splitter.pre_tokenize_str(text))])
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = splitter
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", unk_token="<unk>")
+    tokenizer.chat_template = models.CHATML
+    return tokenizer
+
+
+LONGEST = 512  #: tokens of the model's context
+
+
+def new_model(tokenizer: Any, seed: int) -> Any:
+    """About 0.1 million parameters, with the project's attention."""
+    attention.register()
+    model = models.tiny_model(len(tokenizer), seed, width=64, layers=2, max_tokens=LONGEST)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def prompt_rules(tokenizer: Any, recipe: Config) -> PromptRules:
+    return PromptRules(
+        chat=ChatFormat.of(tokenizer),
+        instructions=MazeSuite().instructions(),
+        max_tokens=recipe.model.max_tokens,
+        max_action_tokens=recipe.collect.max_action_tokens,
+        window_turns=None,
+        tips_stay=True,
+        max_tip_tokens=recipe.memory.max_tip_tokens,
+    )
+
+
+# ---- imitation -------------------------------------------------------------------------------------------------------
+
+FAITHFUL = 0.85  #: how often the taught policy takes the door that a good tip names; real models err as well
+
+
+@dataclass
+class Teacher:
+    """Writes episodes in other mazes than the goals, rendered by the project's own code.
+
+    Half of them show the tip of a success, which is followed; the others the tip of a failure or none, and the doors
+    are random. The way out is another one each time, so that nothing but the tip is worth learning.
+    """
+
+    rules: PromptRules
+    suffix: str
+    rng: random.Random
+
+    def lesson(self) -> TrainingSequence:
+        kind = self.rng.choice(("good", "good", "bad", "none", "known"))
+        others = [v for v in range(len(NAMES)) if v not in GOALS + KNOWN]
+        task = task_of(self.rng.choice(KNOWN if kind == "known" else others))
+        way = way_out(task.variation) if kind == "known" else random_way(self.rng)
+        shown = () if kind in ("none", "known") else (self._tip(task, way, good=kind == "good"),)
+        follows = kind in ("good", "known")
+        doors = [d if follows and self.rng.random() < FAITHFUL else self.rng.choice(DOORS) for d in way]
+        trajectory, request = self._episode(task, way, doors, shown)
+        (acted,) = sequences.build(trajectory, [1.0] * len(ROOMS), plain=False)
+        said = self._said(TIPS[trajectory.success]).token_ids
+        written = Span(
+            start=len(request),
+            stop=len(request) + len(said),
+            key=SpanKey(0, 0, len(ROOMS)),
+            advantage=1.0,
+            sampler_logprobs=None,
+        )
+        return TrainingSequence(token_ids=request + said, spans=(*acted.spans, written))
+
+    def _tip(self, task: Task, way_out: Sequence[str], *, good: bool) -> Tip:
+        """A memory entry as an earlier episode would have left it."""
+        doors = tuple(way_out)
+        while not good and doors == tuple(way_out):
+            doors = random_way(self.rng)
+        trajectory, _ = self._episode(task, way_out, doors, ())
+        suffix = prompts.tip_suffix(trajectory, trajectory.turns[0], self.suffix)
+        text = prompts.stored_tip(TIPS[good], suffix, trajectory.score)
+        return Tip(text=text, score=trajectory.score, similarity=1.0, source=trajectory.key)
+
+    def _episode(
+        self, task: Task, way_out: Sequence[str], doors: Sequence[str], shown: tuple[Tip, ...]
+    ) -> tuple[Trajectory, tuple[int, ...]]:
+        """The episode in which these doors are taken, and the prompt that asks for its tip."""
+        plan = EpisodePlan(task=task, mode=Mode.WITH_TIPS, key=EpisodeKey(0, 0, 0))
+        episode, maze = LiveEpisode(plan=plan, slot=0, rules=self.rules, examples=()), Maze()
+        episode.begin(*maze.reset(task, 0))
+        maze.way_out = tuple(way_out)
+        for door in doors:
+            episode.next_prompt(Retrieval(tips=shown, candidates=len(shown), entries=len(shown)))
+            episode.observe(step_result(maze.step(episode.act(self._said(door)))), len(ROOMS))
+        return episode.finish(0, None), episode.tip_prompt(LONGEST)
+
+    def _said(self, text: str) -> Completion:
+        ids = (*self.rules.chat.text_ids(text), self.rules.chat.closer)
+        return Completion(token_ids=ids, logprobs=(0.0,) * len(ids), text=text, truncated=False)
+
+
+def imitate(tokenizer: Any, recipe: Config, *, seed: int, updates: int, batch: int, lr: float) -> Any:
+    """A policy that has learnt its lessons.
+
+    With advantage 1 and the ratio at exactly 1 the project's policy gradient *is* that of supervised learning.
+    """
+    teacher = Teacher(prompt_rules(tokenizer, recipe), recipe.memory.suffix, random.Random(seed))
+    learner = Learner(new_model(tokenizer, seed), recipe.learner, recipe.loss, temperature=1.0)
+    for index in range(updates):
+        warm, cool = min(1.0, (index + 1) / 20), min(1.0, (updates - index) / (updates / 3))
+        learner.update([teacher.lesson() for _ in range(batch)], {}, lr * warm * cool)
+    return learner.model
+
+
+# ---- reinforcement learning ------------------------------------------------------------------------------------------
+
+
+class ShuffledTips(TipMemory):
+    """A control: every maze is shown the tips of another one."""
+
+    def retrieve(self, scope: str, query: NDArray[Any]) -> Retrieval:
+        scopes = [scope_of(task_of(variation), "variation") for variation in GOALS]
+        return super().retrieve(scopes[(scopes.index(scope) + 1) % len(scopes)], query)
+
+
+class Silent:
+    """An observer (train.py) that says nothing."""
+
+    def evaluated(self, step: int, result: dict[str, Any]) -> None:
+        pass
+
+    def stepped(self, step: int, result: dict[str, Any]) -> None:
+        pass
+
+
+def assembled(tokenizer: Any, start: Any, recipe: Config, *, memory_kind: type[TipMemory] = TipMemory) -> Parts:
+    """What `assemble.assemble` makes of a recipe, for the mazes and the taught policy ``start`` (which is copied)."""
+    suite, connection, embedder = MazeSuite(), store.open_store(":memory:"), CachedEmbedder(HashingEmbedder())
+    pool: Any = PoolInProcess(suite, recipe.env.live)
+    settings = recipe.memory
+    memory = memory_kind(
+        connection, threshold=settings.threshold, k=settings.k, rank=settings.rank, max_entries=settings.max_entries
+    )
+    rules = prompt_rules(tokenizer, recipe)
+    collector = Collector(
+        sampler=LocalSampler(copy.deepcopy(start), tokenizer, rules.chat.stop_ids, recipe.env.live),
+        pool=pool,
+        memory=memory,
+        embedder=embedder,
+        rules=rules,
+        examples={},
+        memory_scope=settings.scope,
+        overlap=recipe.collect.overlap,
+        longest=LONGEST,
+    )
+    return Parts(
+        config=recipe,
+        suite=suite,
+        tokenizer=tokenizer,
+        embedder=embedder,
+        connection=connection,
+        memory=memory,
+        novelty=NoveltyCounter(
+            connection,
+            coefficient=recipe.novelty.coefficient,
+            threshold=recipe.novelty.threshold,
+            kind=recipe.novelty.kind,
+        ),
+        pool=pool,
+        collector=collector,
+        learner=Learner(
+            copy.deepcopy(start), recipe.learner, recipe.loss, temperature=recipe.collect.temperature
+        ),
+        train_tasks=tuple(task_of(variation) for variation in GOALS),
+    )

@@ -1,0 +1,158 @@
+"""Prompts word for word, and what is read out of a completion."""
+
+import pytest
+
+from empo2 import prompts
+from empo2.chat import Message
+from empo2.types import (
+    Completion,
+    Ending,
+    EpisodeKey,
+    Mode,
+    Rendering,
+    Task,
+    Tip,
+    Trajectory,
+    Turn,
+    WorkedExample,
+)
+
+EXAMPLE = WorkedExample(task_text="Find the coin.", turns=(("The hall.", "go east"), ("A coin.", "take coin")))
+
+
+def turn(action: str, state: str = "", *, valid: bool = True) -> Turn:
+    return Turn(
+        observation=state,
+        state=state,
+        tips=(),
+        prompt=Rendering(keep=0, new=(1,)),
+        plain=Rendering(keep=0, new=(1,)),
+        completion=Completion(token_ids=(2,), logprobs=(-1.0,), text=action, truncated=False),
+        action=action,
+        parsed=bool(action),
+        valid=valid,
+        reward=0.0,
+    )
+
+
+def trajectory(*turns: Turn) -> Trajectory:
+    return Trajectory(
+        task=Task(environment="toy", name="coin-3", variation=0),
+        mode=Mode.PLAIN,
+        key=EpisodeKey(1, 2, 3),
+        policy_version=0,
+        turns=turns,
+        final_state="",
+        ending=Ending.TURN_LIMIT,
+        score=0.0,
+        success=False,
+    )
+
+
+def test_opening_with_an_example_and_tips():
+    messages = prompts.opening("Act.", [EXAMPLE], "Find it.", "A door.", ["Open it.", "Look."])
+    assert messages == [
+        Message(role="system", text="Act."),
+        Message(role="user", text="New task. Find the coin.\n\nThe hall."),
+        Message(role="assistant", text="go east"),
+        Message(role="user", text="A coin."),
+        Message(role="assistant", text="take coin"),
+        Message(
+            role="user",
+            text="New task. Find it.\n\nTips from earlier attempts at this task:\n- Open it.\n- Look.\n\nA door.",
+        ),
+    ]
+
+
+def test_opening_without_anything():
+    assert prompts.opening("Act.", [], "Find it.", "A door.") == [
+        Message(role="system", text="Act."),
+        Message(role="user", text="New task. Find it.\n\nA door."),
+    ]
+
+
+def test_a_cue_ends_every_user_turn_and_no_other_message():
+    said = prompts.opening("Act.", [EXAMPLE], "Find it.", "A door.", ["Look."], cue="Next action:")
+    assert [message.text.endswith("\n\nNext action:") for message in said] == [
+        message.role == "user" for message in said
+    ]
+    assert prompts.turn("A hall.", cue="Next action:") == "A hall.\n\nNext action:"
+    assert prompts.turn("A hall.", ["Look."], cue="Next action:").endswith("- Look.\n\nA hall.\n\nNext action:")
+
+
+@pytest.mark.parametrize("observation", ["A hall.", "", "two\n\nlines\n", " Tips from earlier attempts: none "])
+def test_a_turn_without_tips_is_the_observation(observation):
+    assert prompts.turn(observation) == prompts.turn(observation, []) == observation
+
+
+def test_request_for_a_tip():
+    text = prompts.tip_request("The door is shut.", 62.5)
+    assert text.startswith("The door is shut.\n\nThe attempt is over. Final score: 62.5.\n")
+    assert "one tip" in text
+    assert "Final score: -100.\n" in prompts.tip_request("", -100.0)
+
+
+@pytest.mark.parametrize(
+    ("completion", "action"),
+    [
+        ("go north", "go north"),
+        ("  go   north \t", "go north"),
+        ("\n\n go north\nthen take coin", "go north"),
+        ("go north\r\nlook", "go north"),
+        ("<|im_start|>go", "<|im_start|>go"),
+    ],
+)
+def test_the_action_is_the_first_line_that_is_not_blank(completion, action):
+    assert prompts.action_of(completion) == (action, True)
+    assert prompts.tip_of(completion) == action
+
+
+@pytest.mark.parametrize("completion", ["", "   ", "\n \n\t"])
+def test_a_blank_completion_is_no_action(completion):
+    assert prompts.action_of(completion) == ("", False)
+    assert prompts.tip_of(completion) == ""
+
+
+def test_stored_tip():
+    assert prompts.stored_tip("Open the door.", "Action taken here: look.", 25.0) == (
+        "Open the door. Action taken here: look. (final score: 25)"
+    )
+    assert prompts.stored_tip("Open the door.", "", -12.5) == "Open the door. (final score: -12.5)"
+
+
+STATES = (
+    "This room is called the kitchen.\nA stove.",
+    "You are in the long hall, dark.",
+    "One two\nthree four",
+)
+EPISODE = trajectory(turn("go hall", STATES[0]), turn("jump", STATES[1], valid=False), turn("take coin", STATES[2]))
+
+
+def test_suffix_action_is_what_was_done_in_that_turn():
+    assert prompts.tip_suffix(EPISODE, EPISODE.turns[1], "action") == "Action taken here: jump."
+    assert prompts.tip_suffix(EPISODE, turn(""), "action") == ""
+
+
+def test_suffix_actions_leaves_out_what_the_environment_did_not_know():
+    assert prompts.tip_suffix(EPISODE, EPISODE.turns[0], "actions") == "Actions: go hall; take coin."
+
+
+def test_suffix_state_actions_names_the_places():
+    assert prompts.tip_suffix(EPISODE, EPISODE.turns[0], "state_actions") == (
+        "Done: in the kitchen: go hall; One two three four: take coin."
+    )
+    dark = trajectory(turn("jump", STATES[1]))
+    assert prompts.tip_suffix(dark, dark.turns[0], "state_actions") == "Done: in the long hall: jump."
+    wordy = trajectory(turn("look", "a b c d e f g h i j"))
+    assert prompts.tip_suffix(wordy, wordy.turns[0], "state_actions") == "Done: a b c d e f g h: look."
+
+
+@pytest.mark.parametrize("kind", ["actions", "state_actions"])
+def test_suffix_is_empty_where_nothing_valid_was_done(kind):
+    idle = trajectory(turn("jump", "A hall.", valid=False), turn("", "A hall."))
+    assert prompts.tip_suffix(idle, idle.turns[0], kind) == ""
+
+
+def test_tips_keep_their_order():
+    tips = [Tip(text=text, score=1.0, similarity=0.9, source=EpisodeKey(0, 0, 0)) for text in ("b", "a")]
+    assert prompts.tip_texts(tips) == ["b", "a"]
