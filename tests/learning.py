@@ -328,8 +328,6 @@ def assembled(tokenizer: Any, start: Any, recipe: Config, *, memory_kind: type[T
         ),
         pool=pool,
         collector=collector,
-        learner=Learner(
-            copy.deepcopy(start), recipe.learner, recipe.loss, temperature=recipe.collect.temperature
-        ),
+        learner=Learner(copy.deepcopy(start), recipe.learner, recipe.loss, temperature=recipe.collect.temperature),
         train_tasks=tuple(task_of(variation) for variation in GOALS),
     )

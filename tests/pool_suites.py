@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,18 +109,21 @@ class FaultySuite:
 
 def processes() -> dict[int, tuple[int, str]]:
     """Process id → (parent's id, command) of all live processes; zombies are dead."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
+    )
     rows = [line.split(maxsplit=3) for line in listing.stdout.splitlines()]
     return {int(row[0]): (int(row[1]), row[3]) for row in rows if len(row) == 4 and not row[2].startswith("Z")}
 
 
-def children(pid: int) -> list[int]:
-    return [child for child, (parent, _) in processes().items() if parent == pid]
+def children(pid: int, command: str = "") -> set[int]:
+    """The live children of a process whose command line holds ``command``."""
+    return {child for child, (parent, line) in processes().items() if parent == pid and command in line}
 
 
-def wait_until_gone(pids: list[int], seconds: float) -> set[int]:
+def wait_until_gone(pids: Collection[int], seconds: float) -> set[int]:
     """The processes that are still there after so many seconds."""
     deadline = time.monotonic() + seconds
-    while (left := processes().keys() & pids) and time.monotonic() < deadline:
+    while (left := processes().keys() & set(pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return set(left)

@@ -50,9 +50,7 @@ def run_training(
 
 def fingerprint(run: RunFolder) -> dict[str, Any]:
     """Everything that must be equal: metrics without seconds, and the last checkpoint's hashes."""
-    metrics = [
-        {key: value for key, value in line.items() if not key.startswith("seconds_")} for line in run.metrics()
-    ]
+    metrics = [{key: value for key, value in line.items() if not key.startswith("seconds_")} for line in run.metrics()]
     return {"metrics": metrics, "sha256": run.checkpoints()[-1].state()["sha256"]}
 
 

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from runs import run_training, smoke
 
 from empo2 import metrics
 from empo2.collect import CollectCounters
 from empo2.learner import UpdateStats
 from empo2.types import Completion, Ending, EpisodeKey, Mode, Rendering, Task, Tip, Trajectory, TrajectoryGroup, Turn
 from empo2.update import StepUpdate
+from runs import run_training, smoke
 
 TASK = Task(environment="toy", name="coin-3", variation=0)
 

@@ -231,7 +231,7 @@ def test_close_ends_everything_and_may_be_called_twice(tmp_path, monkeypatch):
     pids = [reset(pool, slot) for slot in range(3)]
     pool.start_step(1, "hang")
     kill(pids[2])
-    assert set(pids[:2]) <= set(children(os.getpid()))
+    assert set(pids[:2]) <= children(os.getpid())
     started = time.monotonic()
     pool.close()
     assert time.monotonic() - started < 5

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import fingerprint, run_training, smoke, without_evaluation
 
 from empo2.errors import CheckpointError
 from empo2.run import RunFolder
+from runs import fingerprint, run_training, smoke, without_evaluation
 
 
 @pytest.fixture(scope="module")

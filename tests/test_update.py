@@ -176,7 +176,6 @@ def test_several_mini_batches_use_the_logprobs_of_before_the_first(mode, ratio, 
     assert len(calls.computed) == len(group.trajectories)
 
 
-@pytest.mark.xfail(strict=True, reason="update_policy counts whole sequences, DISTILL's both renderings among them")
 @pytest.mark.parametrize("mini_batch", [0, 2])
 def test_num_computed_counts_the_tokens_that_went_through_the_model(mini_batch):
     result, calls, _ = step(

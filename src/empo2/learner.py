@@ -86,6 +86,7 @@ class Learner:
             fused=True,
         )
         self.skipped_in_a_row = 0
+        self.tokens_computed = 0  #: that went through the model, in updates and for log-probs
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, not copied."""
@@ -204,6 +205,7 @@ class Learner:
         self, model: Any, packed: Pack, *, with_entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of a pack's completion tokens, [N] each, float32."""
+        self.tokens_computed += len(packed.token_ids)
         with self._autocast():
             out = model(
                 input_ids=torch.tensor([packed.token_ids], device=self._device),

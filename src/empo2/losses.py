@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 Aggregation = Literal["token", "sequence", "fixed"]
+MAX_LOG_RATIO = 20.0
 
 
 def importance_ratio(logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:
-    """ρ = π_θ(a | s, u) / π_behavior(a | s', u), [N]; s' may hold tips (EMPO² Table 3) or not (Algorithm 1)."""
-    return torch.exp(logprobs - behavior_logprobs)
+    """ρ = π_θ(a | s, u) / π_behavior(a | s', u), [N]; s' may hold tips (EMPO² Table 3) or not (Algorithm 1).
+
+    |log ρ| is limited to 20, as verl does: a ratio of 5·10⁸ is beyond every clip, and exp must not reach infinity.
+    """
+    return torch.exp(torch.clamp(logprobs - behavior_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def clipped_policy_loss(

