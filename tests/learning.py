@@ -71,9 +71,9 @@ class Maze:
     """Rooms one after another. Every door leads on, but only one way leads out: score 100 at the end, otherwise 0."""
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
-        self.way_out = way_out(task.variation)
+        self.way_out, self.called = way_out(task.variation), NAMES[task.variation]
         self.taken: tuple[str, ...] = ()
-        return self._look(), {"state": self._look(), "task": f"Leave maze {NAMES[task.variation]}."}
+        return self._seen(), {"state": self._state(), "task": "Leave."}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         valid = action in DOORS
@@ -81,13 +81,19 @@ class Maze:
             self.taken += (action,)
         over = len(self.taken) == len(ROOMS)
         solved = over and self.taken == self.way_out
-        seen = self._look() if not over else "You are out." if solved else "You are lost."
-        return seen, 100.0 * solved, over, False, {"state": seen, "valid": valid, "success": solved}
+        if over:
+            seen = state = "You are out." if solved else "You are lost."
+        else:
+            seen, state = self._seen(), self._state()
+        return seen, 100.0 * solved, over, False, {"state": state, "valid": valid, "success": solved}
 
     def close(self) -> None:
         pass
 
-    def _look(self) -> str:
+    def _seen(self) -> str:
+        return f"{self._state()} Maze {self.called}."
+
+    def _state(self) -> str:
         return f"You are in room {ROOMS[len(self.taken)]}, after {' '.join(self.taken) or 'nothing'}."
 
 
@@ -155,9 +161,9 @@ def word_tokenizer() -> Any:
 
     shown = [prompts.stored_tip(tip, "Done: in the room one: red; .", 100.0 * good) for good, tip in TIPS.items()]
     said = [
-        "system user assistant You are in room , after nothing . out lost",
+        "system user assistant You are in room , after nothing . out lost Leave Maze",
         MazeSuite().instructions(),
-        prompts.first_turn("Leave maze .", "", shown),
+        prompts.first_turn("Leave .", "", shown),
         *(prompts.tip_request("", 100.0 * good) for good in TIPS),
         *(" ".join(words) for words in (DOORS, ROOMS, NAMES)),
     ]

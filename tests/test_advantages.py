@@ -18,7 +18,8 @@ from empo2.types import Completion, Ending, EpisodeKey, Mode, Rendering, Task, T
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["verl_advantages"]
 TASK = Task(environment="toy", name="find", variation=0)
-RETURNS = st.lists(st.floats(-100, 100).map(lambda value: round(value, 6)), min_size=2, max_size=10)
+# multiples of 1/64, whose sums are exact: two ways of adding them cannot differ by a bit that a tiny std blows up
+RETURNS = st.lists(st.integers(-6400, 6400).map(lambda value: value / 64), min_size=2, max_size=10)
 
 
 def trajectory(rewards, novelties, episode: int = 0) -> Trajectory:
@@ -102,7 +103,7 @@ def test_advantages_of_a_group_sum_to_zero(returns, use_std):
 
 
 @settings(deadline=None, max_examples=50)
-@given(RETURNS, st.booleans(), st.data())
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=10), st.booleans(), st.data())
 def test_permuting_a_group_permutes_its_advantages_exactly(returns, use_std, data):
     order = data.draw(st.permutations(range(len(returns))))
     found = group_advantages(returns, normalize_by_std=use_std, std_floor=1e-6)

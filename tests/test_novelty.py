@@ -259,6 +259,7 @@ def test_rewind_brings_back_exactly_what_was_there_after_any_step(seed, kind):
         found.rewards(probe)  # what was read before must not be remembered
         found.rewind(step)
         assert found.digest() == digests[step] == fresh.digest()
+        assert found.distinct_states() == fresh.distinct_states()
         assert found.rewards(probe) == fresh.rewards(probe)
         assert commit_all(found, steps[step:], first=step + 1) == digests[step + 1 :]
 

@@ -362,6 +362,23 @@ def test_draw_equals_the_slow_oracle(logits, temperature, uniform):
     assert logprob == pytest.approx(float(weights[token].log()), abs=1e-6)
 
 
+def test_a_slice_holds_its_left_end():
+    even = torch.zeros(1, 4)
+    assert [draw(even, 1.0, [quarter / 4])[0] for quarter in range(4)] == [[0], [1], [2], [3]]
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    """Not at the ends either, where a cumulative sum may stop short of 1."""
+    never = float("-inf")
+    for seed in range(200):
+        logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed))
+        logits[0, 0] = logits[0, -2] = logits[0, -1] = never
+        for uniform in (0.0, 1 - 2**-53):
+            ((token,), (logprob,)) = draw(logits, 1.0, [uniform])
+            assert logprob > never
+            assert token == (1 if uniform == 0 else 9)
+
+
 def test_draws_follow_the_distribution():
     """10,000 equally spaced points fall on the tokens in proportion to their probabilities."""
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).expand(10_000, 4)

@@ -113,6 +113,7 @@ class ScienceWorldEnvironment:
     def __init__(self, simplification: str = "easy") -> None:
         check_installed()
         from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+        from py4j.protocol import Py4JError
         from scienceworld.constants import BASEPATH, JAR_PATH
 
         logging.getLogger("py4j").setLevel(logging.CRITICAL)
@@ -129,7 +130,7 @@ class ScienceWorldEnvironment:
             )
         except (OSError, ValueError) as error:  # ValueError: Java wrote something else than its port
             raise EnvironmentCrashed(f"{java_executable()} did not start ({error}); is there memory left?") from error
-        parameters = GatewayParameters(auto_field=True, port=port, auth_token=token)
+        parameters = GatewayParameters(port=port, auth_token=token)
         self._gateway = JavaGateway(gateway_parameters=parameters, java_process=self._process)
         self._simplification = simplification
         self._task_text = ""
@@ -137,16 +138,16 @@ class ScienceWorldEnvironment:
         self._done = True
         self._closed = False
         try:
-            self._server = self._call(lambda: self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface())
-        except EnvironmentCrashed:
+            self._server = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+        except Py4JError as error:
             self.close()
-            raise
+            raise EnvironmentCrashed(f"the ScienceWorld simulator did not start: {error}") from error
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
         """Load a variation; the simulator has no randomness of its own, so ``seed`` changes nothing."""
         observation = self._load(task, with_gold_path=False)
         self._score, self._done = 0, False
-        self._task_text = self._call(self._server.getTaskDescription).strip()
+        self._task_text = self._call("getTaskDescription").strip()
         return observation, {"state": self._state(), "task": self._task_text}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -155,10 +156,10 @@ class ScienceWorldEnvironment:
         if _resets(action):
             observation = _NO_SUCH_ACTION
         else:
-            observation = self._call(self._server.step, action).strip()
-        score = round(100 * self._call(self._server.getScore))
+            observation = self._call("step", action).strip()
+        score = round(100 * self._call("getScore"))
         reward, self._score = score - self._score, score
-        self._done = bool(self._call(self._server.getCompleted)) or score < 0
+        self._done = bool(self._call("getCompleted")) or score < 0
         info = {
             "state": self._state(),
             "valid": not observation.startswith(_NOT_VALID),
@@ -181,7 +182,7 @@ class ScienceWorldEnvironment:
         Opening doors that "easy" leaves open is cut where the shorter path still reaches the full score.
         """
         self._load(task, with_gold_path=True)
-        gold = [str(action) for action in self._call(self._server.getGoldActionSequence)]
+        gold = [str(action) for action in self._call("getGoldActionSequence")]
         first = self._replay(task, gold)
         shorter = [action for action, (_, after) in zip(gold, first, strict=False) if after != _CHANGES_NOTHING]
         for actions in (shorter, gold):
@@ -207,22 +208,22 @@ class ScienceWorldEnvironment:
         """Begin a variation; the first room. Raises UsageError where the simulator gives an error's text instead."""
         if not 0 <= task.variation < sum(SPLITS.get(task.name, ())):
             raise UsageError(f"there is no {task}; `empo2 envs scienceworld` lists the tasks and their variations")
-        self._call(self._server.load, task.name, task.variation, self._simplification, with_gold_path)
-        observation: str = self._call(self._server.freeActionLook).strip()
+        self._call("load", task.name, task.variation, self._simplification, with_gold_path)
+        observation: str = self._call("freeActionLook").strip()
         if observation.startswith("ERROR"):
             raise UsageError(f"ScienceWorld cannot load {task} with env.simplification = {self._simplification!r}")
         return observation
 
     def _state(self) -> str:
         """What identifies a state: the room and what is carried. Both are free in the simulator."""
-        look, inventory = self._call(self._server.freeActionLook), self._call(self._server.freeActionInventory)
+        look, inventory = self._call("freeActionLook"), self._call("freeActionInventory")
         return f"{look.strip()}\n{inventory.strip()}"
 
-    def _call(self, method: Any, *arguments: Any) -> Any:
+    def _call(self, method: str, *arguments: Any) -> Any:
         from py4j.protocol import Py4JError
 
         try:
-            return method(*arguments)
+            return getattr(self._server, method)(*arguments)
         except Py4JError as error:
             raise EnvironmentCrashed(f"the ScienceWorld simulator failed: {error}") from error
 
