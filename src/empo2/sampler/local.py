@@ -287,7 +287,7 @@ def draw(logits: Tensor, temperature: float, uniforms: Sequence[float]) -> tuple
     """
     logprobs = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        tokens = logprobs.argmax(-1)
+        tokens = logits.argmax(-1)  # of the logits: as log-probs, close ones become equal
     else:
         cumulative = logprobs.exp().cumsum(-1)
         points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
