@@ -8,13 +8,11 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 
-from empo2 import attention, config, models, prompts, sequences, store
+from empo2 import attention, models, prompts, sequences, store
 from empo2.assemble import Parts
 from empo2.chat import ChatFormat
 from empo2.collect import Collector
@@ -25,9 +23,7 @@ from empo2.episode import LiveEpisode, PromptRules
 from empo2.learner import Learner
 from empo2.memory import Retrieval, TipMemory, scope_of
 from empo2.novelty import NoveltyCounter
-from empo2.run import RunFolder
 from empo2.sampler.local import LocalSampler
-from empo2.train import train
 from empo2.types import (
     Completion,
     EpisodeKey,
@@ -44,11 +40,11 @@ from empo2.types import (
 
 # ---- the environment -------------------------------------------------------------------------------------------------
 
-DOORS = ("red", "blue", "green", "white")  #: every room has all of them
-ROOMS = ("one", "two", "three", "four")  #: chance solves a maze in 1 of 4⁴ = 256 episodes
+DOORS = ("red", "blue", "green", "white", "black")  #: every room has all of them
+ROOMS = ("one", "two", "three")  #: chance solves a maze in 1 of 5³ = 125 episodes
 NAMES = tuple("oak elm ash yew fir bay fig may lime pear plum teak pine palm sage rose iris lily moss fern".split())
 GOALS = (0, 1, 2, 3)  #: trained with RL, never shown in imitation
-KNOWN = (4, 5, 6, 7)  #: the taught policy knows their ways out by heart; of the others it knows nothing
+KNOWN = (5, 6, 7, 8)  #: the taught policy knows their ways out by heart; of the others it knows nothing
 
 
 def task_of(variation: int) -> Task:
@@ -150,7 +146,7 @@ def step_result(answer: tuple[str, float, bool, bool, dict[str, Any]]) -> StepRe
 
 # ---- tokenizer and policy --------------------------------------------------------------------------------------------
 
-TIPS = {True: "It worked.", False: "It failed."}  #: what the policy learns to write; what was done, the suffix says
+TIPS = {True: "Good", False: "Bad"}  #: what the policy learns to write; what was done, the suffix says
 
 
 def word_tokenizer() -> Any:
