@@ -8,11 +8,12 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from empo2 import attention, models, prompts, sequences, store
+from empo2 import attention, config, models, prompts, sequences, store
 from empo2.assemble import Parts
 from empo2.chat import ChatFormat
 from empo2.collect import Collector
@@ -23,7 +24,9 @@ from empo2.episode import LiveEpisode, PromptRules
 from empo2.learner import Learner
 from empo2.memory import Retrieval, TipMemory, scope_of
 from empo2.novelty import NoveltyCounter
+from empo2.run import RunFolder
 from empo2.sampler.local import LocalSampler
+from empo2.train import train
 from empo2.types import (
     Completion,
     EpisodeKey,
@@ -37,14 +40,15 @@ from empo2.types import (
     TrainingSequence,
     Trajectory,
 )
+from runs import Silent
 
 # ---- the environment -------------------------------------------------------------------------------------------------
 
-DOORS = ("red", "blue", "green", "white", "black")  #: every room has all of them
-ROOMS = ("one", "two", "three")  #: chance solves a maze in 1 of 5³ = 125 episodes
+DOORS = ("red", "blue", "green", "white")  #: every room has all of them
+ROOMS = ("one", "two", "three")  #: chance solves a maze in 1 of 4³ = 64 episodes
 NAMES = tuple("oak elm ash yew fir bay fig may lime pear plum teak pine palm sage rose iris lily moss fern".split())
 GOALS = (0, 1, 2, 3)  #: trained with RL, never shown in imitation
-KNOWN = (5, 6, 7, 8)  #: the taught policy knows their ways out by heart; of the others it knows nothing
+KNOWN = (4, 5, 6, 7)  #: the taught policy knows their ways out by heart; of the others it knows nothing
 
 
 def task_of(variation: int) -> Task:
@@ -285,23 +289,18 @@ class ShuffledTips(TipMemory):
         return super().retrieve(scopes[(scopes.index(scope) + 1) % len(scopes)], query)
 
 
-class Silent:
-    """An observer (train.py) that says nothing."""
-
-    def evaluated(self, step: int, result: dict[str, Any]) -> None:
-        pass
-
-    def stepped(self, step: int, result: dict[str, Any]) -> None:
-        pass
-
-
 def assembled(tokenizer: Any, start: Any, recipe: Config, *, memory_kind: type[TipMemory] = TipMemory) -> Parts:
     """What `assemble.assemble` makes of a recipe, for the mazes and the taught policy ``start`` (which is copied)."""
     suite, connection, embedder = MazeSuite(), store.open_store(":memory:"), CachedEmbedder(HashingEmbedder())
     pool: Any = PoolInProcess(suite, recipe.env.live)
     settings = recipe.memory
     memory = memory_kind(
-        connection, threshold=settings.threshold, k=settings.k, rank=settings.rank, max_entries=settings.max_entries
+        connection,
+        threshold=settings.threshold,
+        k=settings.k,
+        rank=settings.rank,
+        max_entries=settings.max_entries,
+        min_score=settings.show_min_score,
     )
     rules = prompt_rules(tokenizer, recipe)
     collector = Collector(
@@ -333,3 +332,41 @@ def assembled(tokenizer: Any, start: Any, recipe: Config, *, memory_kind: type[T
         learner=Learner(copy.deepcopy(start), recipe.learner, recipe.loss, temperature=recipe.collect.temperature),
         train_tasks=tuple(task_of(variation) for variation in GOALS),
     )
+
+
+#: What all arms share. `modes` and `novelty` are the method's, as in the recipes.
+RECIPE: dict[str, dict[str, Any]] = {
+    "train": {"steps": 60, "checkpoint_every": 60},
+    "model": {"max_tokens": 400, "embedder": "hashing"},
+    "env": {"name": "maze", "tasks": ["maze"], "max_turns": len(ROOMS), "live": 32},
+    "prompt": {"examples": 0},
+    "collect": {"groups_per_step": 4, "group_size": 8, "temperature": 1.0, "max_action_tokens": 2, "overlap": False},
+    "modes": {"p": 0.75, "q": 0.6666666666666666},
+    "memory": {"k": 1, "suffix": "state_actions", "tip_tokens": 2, "max_tip_tokens": 300, "show_min_score": 50.0},
+    "novelty": {"coefficient": 0.02, "kind": "exact"},
+    "advantage": {"std_floor": 5.0},
+    "learner": {"lr": 1e-3, "micro_batch_tokens": 16384},
+    "eval": {"split": "train", "num_variations": len(GOALS), "train_variations": 0, "episodes": 16, "temperature": 1.0},
+}
+
+#: Arm → what it changes. The first is the method; the others must fail.
+ARMS: dict[str, dict[str, Any]] = {
+    "empo2": {},
+    "plain": {"modes.p": 0.0},
+    "no distill": {"modes.q": 0.0},
+    "shuffled tips": {},
+}
+
+
+def recipe_of(arm: str, seed: int, **changes: Any) -> Config:
+    overrides = {"train.seed": seed, **ARMS[arm], **changes}
+    return config.from_dict(config.with_overrides(RECIPE, list(overrides.items())))
+
+
+def train_arm(folder: Path, arm: str, start: Any, seed: int, **changes: Any) -> RunFolder:
+    """Train one arm from the taught policy ``start`` with the project's loop."""
+    recipe = recipe_of(arm, seed, **changes)
+    run = RunFolder.create(folder, recipe)
+    memory_kind = ShuffledTips if arm == "shuffled tips" else TipMemory
+    train(assembled(word_tokenizer(), start, recipe, memory_kind=memory_kind), run, Silent())
+    return run

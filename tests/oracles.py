@@ -1,8 +1,8 @@
 """Slow, obvious versions of every equation, for the tests to compare the fast ones with.
 
 Plain floats, lists and loops; only the standard library; nothing from the package under test.
-Each docstring says the equation in words and names the section of SEMANTICS it comes from.
-Where SEMANTICS leaves a choice open, the docstring says "Choice:" and makes it.
+Each docstring says the equation in words and names the section of docs/algorithm.md it comes from.
+Where docs/algorithm.md leaves a choice open, the docstring says "Choice:" and makes it.
 `worked_example` at the end runs two episodes of three turns through all of it in round numbers.
 """
 
@@ -44,7 +44,7 @@ class LossSequence(TypedDict):
 def episode_return(rewards: Sequence[float], novelties: Sequence[float], scale: float) -> float:
     """Sum over the turns of (environment reward times scale, plus novelty). Novelty itself is not scaled.
 
-    SEMANTICS "Returns and advantages".
+    Sections 4 and 5.
     """
     total = 0.0
     for reward, novelty in zip(rewards, novelties, strict=True):
@@ -55,7 +55,7 @@ def episode_return(rewards: Sequence[float], novelties: Sequence[float], scale: 
 def group_advantages(returns: list[float], *, std_floor: float, use_std: bool) -> list[float]:
     """Each return minus the group's mean; with `use_std`, divided by the larger of the group's std and the floor.
 
-    The std is unbiased: squared deviations summed and divided by N - 1. SEMANTICS "Returns and advantages".
+    The std is unbiased: squared deviations summed and divided by N - 1. Sections 4 and 5.
     Choice: `std_floor` is in the units of `returns`. Choice: equal returns, or a single one, give exactly zero
     (a rounded mean would otherwise leave deviations of 1e-17 for the floor to blow up).
     """
@@ -75,7 +75,7 @@ def group_advantages(returns: list[float], *, std_floor: float, use_std: bool) -
 def importance_ratio(current: float, behavior: float) -> float:
     """Probability under the current policy divided by probability under the behavior policy, from log-probs.
 
-    SEMANTICS "Update". Raises OverflowError where the ratio leaves the range of a float.
+    Section 6. Raises OverflowError where the ratio leaves the range of a float.
     """
     return math.exp(current - behavior)
 
@@ -87,7 +87,7 @@ def clipped_term(
 
     Objective: the smaller of ratio * A and (ratio held within 1 - low .. 1 + high) * A.
     For A < 0 with a dual clip c the objective is at least c * A; `dual_clip=None` leaves that out.
-    SEMANTICS "Update", PAPER sections 2 and 3.
+    Sections 6 and 8.
     """
     held = min(max(ratio, 1.0 - clip_low), 1.0 + clip_high)
     objective = min(ratio * advantage, held * advantage)
@@ -99,7 +99,7 @@ def clipped_term(
 def low_probability_kept(logprob: float, delta: float | None) -> bool:
     """True where the token keeps its policy-gradient term: its current probability is at least delta.
 
-    SEMANTICS "Update", mask (dropped where probability < delta, so equality keeps). `None` or 0 keeps every token.
+    Section 7 (dropped where probability < delta, so equality keeps). `None` or 0 keeps every token.
     """
     return delta is None or math.exp(logprob) >= delta
 
@@ -107,7 +107,7 @@ def low_probability_kept(logprob: float, delta: float | None) -> bool:
 def k3(current: float, reference: float) -> float:
     """KL estimate of one token: x - ln(x) - 1 with x = reference probability / current probability; never negative.
 
-    SEMANTICS "Update", KL.
+    Section 10.
     """
     log_x = reference - current
     return math.exp(log_x) - log_x - 1.0
@@ -124,7 +124,7 @@ def sequence_token_losses(
 ) -> list[float]:
     """Each completion token's loss: its clipped term, or 0 if masked, plus kl_coefficient * k3.
 
-    A masked token loses only its policy-gradient term; its KL term stays. SEMANTICS "Update".
+    A masked token loses only its policy-gradient term; its KL term stays. Sections 7 to 11.
     """
     reference = sequence["reference"]
     if kl_coefficient != 0.0 and reference is None:
@@ -152,7 +152,7 @@ def policy_loss(
     aggregation: str,
     max_tokens: int | None = None,
 ) -> float:
-    """The loss of one global mini-batch: the token losses of all its sequences, summed and divided. SEMANTICS "Update".
+    """The loss of one global mini-batch: the token losses of all its sequences, summed and divided. Section 9.
 
     "token": divided by the number of completion tokens of all sequences, masked ones included.
     "sequence": each sequence's sum divided by its own number of tokens, masked ones included; then by the
@@ -189,7 +189,7 @@ def policy_loss(
 
 
 def cosine(a: Key, b: Key) -> float:
-    """Dot product divided by both lengths. Choice: 0 if either vector is all zeros. SEMANTICS "Tips", "Novelty"."""
+    """Dot product divided by both lengths. Choice: 0 if either vector is all zeros. Sections 2 and 3."""
     dot = sum(x * y for x, y in zip(a, b, strict=True))
     length_a = math.sqrt(sum(x * x for x in a))
     length_b = math.sqrt(sum(y * y for y in b))
@@ -199,7 +199,7 @@ def cosine(a: Key, b: Key) -> float:
 
 
 def retrieve(entries: Sequence[Entry], query: Key, *, threshold: float, k: int, rank: str = "score") -> list[str]:
-    """The texts of the k best entries for a state, best first. SEMANTICS "Tips", retrieval.
+    """The texts of the k best entries for a state, best first. Section 2.
 
     1. Candidates: entries whose cosine with the query is strictly greater than the threshold.
     2. Rank all of them by "score" or by "similarity", highest first; ties: the most recent first.
@@ -227,7 +227,7 @@ def retrieve(entries: Sequence[Entry], query: Key, *, threshold: float, k: int, 
 
 
 def evict(entries: Sequence[Entry], max_entries: int) -> list[Entry]:
-    """While there are more than max_entries, the oldest goes; the others keep their order. SEMANTICS "Tips"."""
+    """While there are more than max_entries, the oldest goes; the others keep their order. Section 2."""
     kept = list(entries)
     while len(kept) > max_entries:
         kept.remove(min(kept, key=lambda entry: entry["born"]))
@@ -243,7 +243,7 @@ def novelty_rewards(
     """For each turn coefficient / n, where n = 1 + visits to similar states. Similar: cosine >= threshold.
 
     Visits to similar states are the visits of ALL similar entries of the step-start snapshot, plus how many of this
-    episode's own earlier turns saw a similar state. Other episodes of the step do not count. SEMANTICS "Novelty".
+    episode's own earlier turns saw a similar state. Other episodes of the step do not count. Section 3.
     """
     rewards = []
     for turn, state in enumerate(episode_states):
@@ -259,7 +259,7 @@ def novelty_rewards(
 
 
 def novelty_commit(snapshot: Sequence[Visits], states_in_order: Sequence[Key], threshold: float) -> list[Visits]:
-    """The novelty list after the step's states, in the order (group, episode, turn). SEMANTICS "Novelty".
+    """The novelty list after the step's states, in the order (group, episode, turn). Section 3.
 
     A state similar (cosine >= threshold) to no entry becomes the newest entry, with 1 visit; otherwise the visits of
     its most similar entry grow by 1. Choice: ties go to the oldest entry. Choice: one state after another, so an
@@ -285,13 +285,13 @@ def novelty_commit(snapshot: Sequence[Visits], states_in_order: Sequence[Key], t
 def expected_mode_shares(p: float, q: float) -> dict[str, float]:
     """Memory is used with probability p; what used it is then trained off-policy with probability q.
 
-    So plain 1 - p, with_tips p(1 - q), distill pq. SEMANTICS "Task, group, mode"; PAPER section 2.
+    So plain 1 - p, with_tips p(1 - q), distill pq. Section 1.
     """
     return {"plain": 1.0 - p, "with_tips": p * (1.0 - q), "distill": p * q}
 
 
 def lr_at(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str) -> float:
-    """The learning rate of training step `step`, counted from 0. (SEMANTICS has no section on it.)
+    """The learning rate of training step `step`, counted from 0. (Section 12.)
 
     Warm-up: peak * (step + 1) / warmup_steps while step < warmup_steps, so its last step has the peak already.
     After it "constant": the peak. "linear": falls in a straight line from the peak at step warmup_steps to 0 at step
@@ -315,7 +315,7 @@ def sample_token(logits: Sequence[float], temperature: float, uniform: float) ->
     """The token whose slice of the line from 0 to 1 holds `uniform`, a number with 0 <= uniform < 1.
 
     The slices are softmax(logits / temperature), laid end to end in vocabulary order; each holds its left end but not
-    its right one. SEMANTICS "What is visible when", 2: the caller's stream gives `uniform`.
+    its right one. The caller's stream gives `uniform`.
     Choice: temperature 0 is greedy, the lowest token id on ties. Choice: where rounding leaves `uniform` beyond the
     last slice, the last token with a slice is taken. A logit of -inf has none.
     """
@@ -357,7 +357,7 @@ PLAIN_BEHAVIOR = (0.50, 0.40, 0.50, 0.008, 0.04, 0.90)  # no tips were shown: on
 
 
 def _tip_text(tip: str, action: str, score: float) -> str:
-    """Tip + that turn's action + the episode's final score; SEMANTICS "Tips" does not fix the wording."""
+    """Tip + that turn's action + the episode's final score; section 2 does not fix the wording."""
     return f"{tip} Action: {action}. Score: {score:g}."
 
 

@@ -22,7 +22,7 @@ TASK = Task(environment="toy", name="find", variation=0)
 RETURNS = st.lists(st.integers(-6400, 6400).map(lambda value: value / 64), min_size=2, max_size=10)
 
 
-def trajectory(rewards, novelties, episode: int = 0) -> Trajectory:
+def trajectory(rewards, novelties, episode: int = 0, valid: tuple[bool, ...] = ()) -> Trajectory:
     turns = tuple(
         Turn(
             observation="",
@@ -33,11 +33,11 @@ def trajectory(rewards, novelties, episode: int = 0) -> Trajectory:
             completion=Completion(token_ids=(2,), logprobs=(-0.5,), text="", truncated=False),
             action="",
             parsed=True,
-            valid=True,
+            valid=known,
             reward=reward,
             novelty=novelty,
         )
-        for reward, novelty in zip(rewards, novelties, strict=True)
+        for reward, novelty, known in zip(rewards, novelties, valid or [True] * len(rewards), strict=True)
     )
     return Trajectory(
         task=TASK,
@@ -63,6 +63,12 @@ def test_return_equals_the_oracles(turns, scale):
     rewards, novelties = [r for r, _ in turns], [n for _, n in turns]
     expected = oracles.episode_return(rewards, novelties, scale)
     assert episode_return(trajectory(rewards, novelties), scale) == pytest.approx(expected, abs=1e-10)
+
+
+def test_every_invalid_action_costs_the_penalty():
+    episode = trajectory([50.0, 0.0, 0.0], [0.0] * 3, valid=(True, False, False))
+    assert episode_return(episode, 0.01, 0.125) == 0.25
+    assert episode_return(episode, 0.01) == 0.5
 
 
 def test_novelty_is_not_scaled():
@@ -221,7 +227,7 @@ def test_novelty_share_equals_the_slow_loop_and_its_extremes():
     for _ in range(20):
         novelties, scores = generator.random((2, 6)).tolist()
         returns = [n + s for n, s in zip(novelties, scores, strict=True)]
-        assert novelty_share(returns, scores) == pytest.approx(slow_share(novelties, scores), abs=1e-10)
-    assert novelty_share([1.0, 2.0], [1.0, 2.0]) == 0.0
-    assert novelty_share([1.0, 2.0], [0.5, 0.5]) == 1.0
+        assert novelty_share(returns, novelties) == pytest.approx(slow_share(novelties, scores), abs=1e-10)
+    assert novelty_share([1.0, 2.0], [0.0, 0.0]) == 0.0
+    assert novelty_share([1.0, 2.0], [0.5, 1.5]) == 1.0
     assert novelty_share([1.0, 1.0], [0.5, 0.5]) == 0.0  # nothing differs

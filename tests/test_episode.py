@@ -154,19 +154,20 @@ def test_plain_rendering_equals_that_of_an_episode_that_never_saw_a_tip(beats, h
 @given(beats=episodes, tips_stay=st.booleans(), window=st.sampled_from([None, 1, 2]), mode=tip_modes)
 @settings(max_examples=60, deadline=None)
 def test_which_tips_stand_in_which_prompt(beats, tips_stay, window, mode):
-    """Tips get texts of their own, so that they can be found and counted in the decoded prompts."""
+    """All tips so far are retrieved in every turn: each prompt holds each of them once, wherever it was shown."""
     beats = [
         Beat(observation=beat.observation, completion=beat.completion, tips=tuple(f"tip {n}!" for n in range(turn + 1)))
         for turn, beat in enumerate(beats)
     ]
     trajectory, prompts = play(beats, rules(tips_stay=tips_stay, window_turns=window), mode)
-    assert [tip.text for turn in trajectory.turns for tip in turn.tips] == [f"tip {n}!" for n in range(len(beats))]
     for now, prompt in enumerate(prompts):
         text = CHAT.tokenizer.decode(list(prompt))
-        first = 0 if window is None else max(0, now - window)
-        visible = set(range(first, now + 1)) if tips_stay else {now}
-        for number in range(len(beats)):
-            assert text.count(f"- tip {number}!") == (number in visible)
+        assert [text.count(f"- tip {number}!") for number in range(now + 2)] == [1] * (now + 1) + [0]
+        shown = [tip.text for tip in trajectory.turns[now].tips]
+        if not tips_stay:
+            assert shown == [f"tip {number}!" for number in range(now + 1)]
+        elif window is None:
+            assert shown == [f"tip {now}!"]
 
 
 @given(beats=episodes, mode=tip_modes)
@@ -253,23 +254,30 @@ def test_nothing_that_is_said_becomes_a_control_token():
     assert tokenizer.decode(list(hostile)).count(wild) == 2 + 3 + 3
 
 
-def test_a_tip_is_shown_once_an_episode_however_often_it_is_retrieved():
+def test_a_prompt_holds_a_tip_once_however_often_it_is_retrieved():
     beats = [
         Beat(observation="hall", tips=("a", "b", "a"), completion=said("look")),
         Beat(observation="hall", tips=("b", "c", "c", "a"), completion=said("look")),
         Beat(observation="hall", tips=("c", "a"), completion=said("look")),
     ]
-    for tips_stay in (True, False):
-        trajectory, _ = play(beats, rules(tips_stay=tips_stay), Mode.WITH_TIPS)
-        assert [[tip.text for tip in turn.tips] for turn in trajectory.turns] == [["a", "b"], ["c"], []]
+
+    def shown(**how) -> list[list[str]]:
+        return [[tip.text for tip in turn.tips] for turn in play(beats, rules(**how), Mode.WITH_TIPS)[0].turns]
+
+    assert shown() == [["a", "b"], ["c"], []]
+    assert shown(tips_stay=False) == [["a", "b"], ["b", "c", "a"], ["c", "a"]]
+    assert shown(window_turns=1) == [["a", "b"], ["c"], ["a"]], "the turn that showed `a` has left the prompt"
 
 
-@given(beats=episodes, budget=st.integers(0, 60), tips_stay=st.booleans())
+@given(beats=episodes, budget=st.integers(0, 60), tips_stay=st.booleans(), window=st.sampled_from([None, 1, 2]))
 @settings(max_examples=60, deadline=None)
-def test_tips_stay_within_the_episodes_budget(beats, budget, tips_stay):
-    trajectory, _ = play(beats, rules(max_tip_tokens=budget, tips_stay=tips_stay), Mode.WITH_TIPS)
-    shown = [tip.text for turn in trajectory.turns for tip in turn.tips]
-    assert sum(len(CHAT.text_ids(f"- {text}\n")) for text in shown) <= budget
+def test_tips_stay_within_the_prompts_budget(beats, budget, tips_stay, window):
+    how = rules(max_tip_tokens=budget, tips_stay=tips_stay, window_turns=window)
+    turns = play(beats, how, Mode.WITH_TIPS)[0].turns
+    for now in range(len(turns)):
+        first = now if not tips_stay else 0 if window is None else max(0, now - window)
+        held = [tip.text for turn in turns[first : now + 1] for tip in turn.tips]
+        assert sum(len(CHAT.text_ids(f"- {text}\n")) for text in held) <= budget
 
 
 def test_a_tip_too_long_for_the_budget_leaves_room_for_a_shorter_one():

@@ -1,6 +1,6 @@
 """The learner against a slow oracle: each sequence alone, through transformers' own attention, token by token.
 
-Tolerances are those of SEMANTICS: log-probs 1e-4, loss 1e-6, gradients relative L2 1e-5 in float32. In float64 they are
+Tolerances: log-probs 1e-4, loss 1e-6, gradients relative L2 1e-5 in float32. In float64 they are
 1e-10, with RMSNorm kept in float64: transformers casts it to float32, which alone costs 1e-7.
 """
 
@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import oracles
 from empo2 import losses, models, sequences
 from empo2.config import LearnerConfig, LossConfig
-from empo2.errors import TrainingDiverged
+from empo2.errors import TrainingDiverged, UsageError
 from empo2.learner import Learner, UpdateStats, learning_rate
 from empo2.types import EpisodeKey, Mode, SpanKey, TrainingSequence, Trajectory
 from test_episode import CHAT, VOCABULARY, Beat, play, rules
@@ -52,8 +52,11 @@ def exact_norm(self, hidden: Tensor) -> Tensor:
 def make_learner(
     *, dtype=torch.float32, seed: int = 0, loss: LossConfig | None = None, reference=None, compute_dtype=None, **config
 ) -> Learner:
+    model = models.load_model(models.TINY, dtype=dtype, device="cpu", seed=seed)
+    if config.get("last_layers"):
+        models.train_last_layers(model, config["last_layers"])
     return Learner(
-        models.load_model(models.TINY, dtype=dtype, device="cpu", seed=seed),
+        model,
         LearnerConfig(**{"max_grad_norm": NO_CLIP, **config}),
         loss or LossConfig(),
         temperature=TEMPERATURE,
@@ -119,7 +122,7 @@ def updated(
     gradients: Gradients = {}
 
     def keep(*_) -> None:
-        gradients.update({name: p.grad.clone() for name, p in learner.model.named_parameters()})
+        gradients.update({n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None})
 
     handle = learner.optimizer.register_step_pre_hook(keep)
     stats = learner.update(batch, behavior or {}, 0.0)
@@ -159,7 +162,7 @@ def exact(value: float) -> Tensor:
 def slow_loss(
     model, batch: Sequence[TrainingSequence], behavior: Behavior, loss: LossConfig, reference=None
 ) -> tuple[Tensor, dict[str, float]]:
-    """The objective as SEMANTICS words it, one token after the other; and counts of what happened to the tokens."""
+    """The objective as docs/algorithm.md words it, one token after the other; and what happened to the tokens."""
     num_tokens = sum(sequence.num_trained for sequence in batch)
     total, counts = exact(0.0), dict.fromkeys(("clipped", "masked", "ratio", "kl", "entropy"), 0.0)
     for sequence in batch:
@@ -517,6 +520,26 @@ def test_saved_and_loaded_it_continues_bit_for_bit():
     assert all(torch.equal(value, continued[name]) for name, value in learner.weights().items())
 
 
+def test_only_the_last_layers_learn_and_their_gradients_are_those_of_the_whole_model():
+    batch = batch_of(play_group(Mode.PLAIN))
+    whole, last = make_learner(), make_learner(last_layers=1)
+    (all_stats, all_gradients), (stats, gradients) = updated(whole, batch), updated(last, batch)
+    assert stats.loss == all_stats.loss
+    assert {name.split(".self")[0].split(".mlp")[0] for name in gradients} >= {"model.layers.1", "model.norm.weight"}
+    assert not any("layers.0" in name or "embed" in name for name in gradients)
+    assert all(torch.equal(gradient, all_gradients[name]) for name, gradient in gradients.items())
+    before = {name: weight.clone() for name, weight in last.weights().items()}
+    last.update(batch, {}, 1e-3)
+    moved = {name for name, weight in last.weights().items() if not torch.equal(weight, before[name])}
+    assert moved == set(gradients)
+    assert {name.rpartition("/")[0] for name in last.optimizer_tensors()} == moved
+
+
+def test_more_layers_than_there_are_is_refused():
+    with pytest.raises(UsageError, match=r"learner\.last_layers = 3, but the model has 2 layers; set it to 0"):
+        make_learner(last_layers=3)
+
+
 def test_the_gap_to_the_sampler_is_measured_where_the_rendering_was_sampled():
     batch = batch_of(play_group(Mode.WITH_TIPS))
     learner = make_learner(micro_batch_tokens=1)  # one sequence a pass: figures are joined over passes
@@ -555,6 +578,6 @@ def test_bf16_autocast_stays_near_float32():
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_learning_rate(schedule, warmup):
     config = LearnerConfig(lr=2e-3, warmup_steps=warmup, schedule=schedule)
-    for step in range(10):
+    for step in range(13):  # also past the end
         expected = oracles.lr_at(step, peak=2e-3, warmup_steps=warmup, total_steps=10, schedule=schedule)
         assert learning_rate(config, step, 10) == pytest.approx(expected, abs=1e-12)

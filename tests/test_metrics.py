@@ -53,7 +53,7 @@ TIPPED = replace(BASE[1], mode=Mode.WITH_TIPS, turns=(turn(tips=(TIP,), candidat
 
 def collected(*episodes: Trajectory, returns: tuple[float, ...] | None = None) -> dict[str, float]:
     group = TrajectoryGroup(task=TASK, trajectories=episodes)
-    return metrics.of_collection([group], [list(returns or [0.0] * len(episodes))], 0.01)
+    return metrics.of_collection([group], [list(returns or [0.0] * len(episodes))])
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_collection_metrics_move(name, changed, value):
 
 
 def test_return_and_the_share_of_novelty_in_it():
-    only_score = (BASE[0], replace(BASE[1], score=100.0))
+    explored = (BASE[0], episode(1, (turn(novelty=0.75), turn(novelty=0.25))))
     assert collected(*BASE)["novelty_share_of_advantage"] == 0
-    assert collected(*only_score, returns=(0.0, 1.0))["novelty_share_of_advantage"] == 0
-    assert collected(*BASE, returns=(0.0, 1.0))["novelty_share_of_advantage"] == 1
-    assert collected(*only_score, returns=(0.0, 2.0))["novelty_share_of_advantage"] == 0.5
+    assert collected(*BASE, returns=(0.0, 1.0))["novelty_share_of_advantage"] == 0
+    assert collected(*explored, returns=(0.0, 1.0))["novelty_share_of_advantage"] == 1
+    assert collected(*explored, returns=(0.0, 2.0))["novelty_share_of_advantage"] == 0.5
     assert collected(*BASE, returns=(0.0, 1.0))["return_mean"] == 0.5
 
 

@@ -181,6 +181,17 @@ def test_rewards_change_with_the_commit_and_not_before():
     assert found.rewards(states) == [1 / 5, 1 / 3, 1 / 6]
 
 
+def test_a_commit_that_breaks_off_counts_nothing():
+    connection = open_store(":memory:")
+    found = counter(connection)
+    good = episode((1, 0), (0, 1))
+    found.commit(1, [good])
+    before = found.rewards(good), counts(connection)
+    with pytest.raises(ValueError, match="shapes|dimension"):
+        found.commit(2, [good, episode((1, 0, 0))])  # another embedder's key
+    assert (found.rewards(good), counts(connection)) == before
+
+
 def test_a_tie_goes_to_the_oldest_entry():
     """(1, 1) / sqrt 2 is as similar to one axis as to the other."""
     middle = (math.sqrt(0.5), math.sqrt(0.5))

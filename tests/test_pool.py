@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -101,8 +100,12 @@ def test_a_divergence_is_not_forgotten_while_the_policy_is_thinking(tmp_path):
     with EnvironmentPool(FaultySuite(tmp_path, per_worker=2), 2) as pool:
         reset(pool, 0, "pid")
         kill(reset(pool, 1))
-        assert seen(step(pool, 1, "a")) == undisturbed(1, ["a"])
+        result = step(pool, 1, "a")
+        assert seen(result) == undisturbed(1, ["a"])
         assert pool.counters == PoolCounters(crashes=1, replays=1, divergences=1)
+        kill(result.info["pid"])
+        assert seen(step(pool, 1, "b")) == undisturbed(1, ["a", "b"])
+        assert pool.counters == PoolCounters(crashes=2, replays=2, divergences=1), "counted once"
         pool.start_step(0, "b")
         with pytest.raises(EpisodeDiverged):
             pool.receive_step(0)
@@ -252,7 +255,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         "pool.start_step(1, 'hang')\n"
         "time.sleep(600)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout

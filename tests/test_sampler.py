@@ -17,6 +17,7 @@ from empo2 import models, sequences, streams
 from empo2.config import LearnerConfig, LossConfig
 from empo2.episode import LiveEpisode
 from empo2.learner import Learner
+from empo2.sampler import local
 from empo2.sampler.local import LocalSampler, draw
 from empo2.types import (
     Completion,
@@ -100,13 +101,30 @@ def sample_and_check(
 
 
 def same(found: Completion, expected: Completion) -> None:
-    """Equal tokens; log-probs within the tolerance of SEMANTICS."""
+    """Equal tokens; log-probs within 1e-4."""
     assert found.token_ids == expected.token_ids
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     assert (found.text, found.truncated) == (expected.text, expected.truncated)
 
 
 # ---------------------------------------------------------------- against a recomputation without any reuse
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_attention_of_other_devices_equals_that_of_the_processor(masked):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, generator=generator) for n in (5, 70, 70))
+    hidden = torch.rand(2, 1, 5, 70, generator=generator) < 0.5
+    mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")) if masked else None
+    for found, expected in zip(
+        local._plain_attention(q, k, v, mask, 0.25), local._flash_cpu(q, k, v, mask, 0.25), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_sampling_with_the_attention_of_other_devices(plain, monkeypatch):
+    monkeypatch.setattr(local, "_flash_cpu", local._plain_attention)
+    test_greedy_tokens_equal_those_of_generate(plain)
 
 
 def test_greedy_tokens_equal_those_of_generate(plain):

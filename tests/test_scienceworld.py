@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -137,6 +136,33 @@ def test_the_worked_example_is_a_full_score_without_idle_steps(env):
     before = [answer[0] for answer in play(env, FIND, SOLUTION)[:-1]]
     assert [observation for observation, _ in example.turns] == before
     assert example.task_text == env.reset(FIND, 0)[1]["task"]
+
+
+def test_the_room_is_shown_when_it_changed_and_after_an_unknown_action():
+    environment = ScienceWorldEnvironment(observation="room")
+    try:
+        first, _ = environment.reset(FIND, 0)
+        moved, _, _, _, after = environment.step("go to kitchen")
+        reply, _, kitchen = moved.partition("\n\n")
+        assert reply == "You move to the kitchen."
+        assert kitchen.startswith("This room is called the kitchen.")
+        assert kitchen != first
+        assert after["state"].startswith(kitchen)
+        assert environment.step("inventory")[0].startswith("In your inventory"), "nothing changed: the reply alone"
+        assert environment.step("look around")[0] == kitchen
+        assert environment.step("dance")[0] == f"No known action matches that input.\n\n{kitchen}"
+        opened = environment.step("open fridge")[0]
+        assert opened.startswith("The fridge is now open.\n\nThis room is called the kitchen.")
+        assert kitchen not in opened, "the room as it is now"
+        example = environment.worked_example(FIND)
+        assert example
+        assert [(seen.count("This room"), action) for seen, action in example.turns] == [
+            (1, "go to kitchen"),
+            (1, "focus on cupboard"),
+            (0, "move cupboard to red box"),
+        ]
+    finally:
+        environment.close()
 
 
 @pytest.mark.parametrize(("name", "variation"), [("find-plants", 0), ("find-plant", 300), ("find-plant", -1)])
@@ -296,7 +322,7 @@ def test_worker_and_jvm_end_when_their_parent_is_killed(busy):
         "    pool.worked_example(FIND)\n"
         "time.sleep(600)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         pids = list(map(int, parent.stdout.readline().split()))

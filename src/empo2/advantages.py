@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from empo2.types import Trajectory
 
 
-def episode_return(trajectory: Trajectory, reward_scale: float) -> float:
-    """R = Σ_t (reward_t · scale + novelty_t); the learning signal of one episode (EMPO² section 4.3).
+def episode_return(trajectory: Trajectory, reward_scale: float, invalid_penalty: float = 0.0) -> float:
+    """R = Σ_t (reward_t · scale + novelty_t) − penalty · invalid turns; the learning signal of one episode (EMPO²
+    section 4.3; the penalty is ours).
 
     Summed so that equal scores reached in different portions are equal returns to the last bit; a group of equals would
     otherwise seem to have a signal.
     """
     rewards = math.fsum(turn.reward for turn in trajectory.turns)
-    return rewards * reward_scale + math.fsum(turn.novelty for turn in trajectory.turns)
+    penalty = invalid_penalty * sum(not turn.valid for turn in trajectory.turns)
+    return rewards * reward_scale + math.fsum(turn.novelty for turn in trajectory.turns) - penalty
 
 
 def group_advantages(returns: Sequence[float], *, normalize_by_std: bool, std_floor: float) -> tuple[float, ...]:
@@ -31,15 +33,14 @@ def group_advantages(returns: Sequence[float], *, normalize_by_std: bool, std_fl
     return tuple((value - mean) / divisor for value in returns)
 
 
-def novelty_share(returns: Sequence[float], scaled_scores: Sequence[float]) -> float:
+def novelty_share(returns: Sequence[float], novelties: Sequence[float]) -> float:
     """Share of a group's spread that novelty makes: Σ|N_i − mean N| / (Σ|N_i − mean N| + Σ|S_i − mean S|), 0…1.
 
-    N = return − scaled score. 0 where nothing differs.
+    N = novelty of an episode, S = the rest of its return. 0 where nothing differs.
     """
-    novelty = [r - s for r, s in zip(returns, scaled_scores, strict=True)]
-    spread = {name: _absolute_deviation(values) for name, values in (("novelty", novelty), ("score", scaled_scores))}
-    total = sum(spread.values())
-    return spread["novelty"] / total if total > 0 else 0.0
+    rest = [r - n for r, n in zip(returns, novelties, strict=True)]
+    novelty, other = _absolute_deviation(novelties), _absolute_deviation(rest)
+    return novelty / (novelty + other) if novelty + other > 0 else 0.0
 
 
 def _absolute_deviation(values: Sequence[float]) -> float:

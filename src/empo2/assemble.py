@@ -52,7 +52,10 @@ class Parts:
 
 def make_suite(config: Config) -> Suite:
     """The recipe's environment. Raises ConfigError for an unknown environment or task."""
-    options = {"simplification": config.env.simplification} if config.env.name == "scienceworld" else {}
+    env = config.env
+    options = (
+        {"simplification": env.simplification, "observation": env.observation} if env.name == "scienceworld" else {}
+    )
     made = suite(config.env.name, **options)
     check_tasks(made, config.env.tasks)
     return made
@@ -229,8 +232,11 @@ def _learner(config: Config, device: str) -> Learner:
     def load() -> Any:
         return models.load_model(config.model.path, dtype=torch.float32, device=device, seed=config.train.seed)
 
+    model = load()
+    if config.learner.last_layers:
+        models.train_last_layers(model, config.learner.last_layers)
     return Learner(
-        load(),
+        model,
         config.learner,
         config.loss,
         temperature=config.collect.temperature,

@@ -55,6 +55,9 @@ class EnvConfig:
     """Seconds after which a call to an environment counts as hung."""
     simplification: str = "easy"
     """ScienceWorld's simplification preset."""
+    observation: Literal["reply", "room"] = "reply"
+    """What ScienceWorld shows after an action. reply: the simulator's reply (the paper); room: also the room, when it
+    changed or the action was not known (looking is free there); small models then act on what they see."""
     reward_scale: float = 0.01
     """Factor from the environment's reward to the learning signal (ScienceWorld's scores reach 100)."""
 
@@ -119,7 +122,7 @@ class MemoryConfig:
     show_min_score: float | None = None
     """Entries with a lower final score are not shown; none: all are."""
     max_tip_tokens: int = 400
-    """Tokens of tips shown in one episode at most."""
+    """Tokens of tips in one prompt at most; with the whole history that is the whole episode."""
     tip_tokens: int = 48
     """Token cap of one written tip."""
     tip_temperature: float = 1.0
@@ -144,6 +147,8 @@ class AdvantageConfig:
     """Divide by the group's standard deviation (unbiased)."""
     std_floor: float = 1e-6
     """Smallest divisor, in units of the score; larger keeps tiny differences from being blown up."""
+    invalid_penalty: float = 0.0
+    """Taken off the return for every action that the environment does not know, in units of the scaled reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +198,9 @@ class LearnerConfig:
     """Sequences per optimiser update; 0: one update per step with everything."""
     micro_batch_tokens: int = 4096
     """Tokens per forward and backward pass; changes memory and speed, not the result."""
+    last_layers: int = 0
+    """Only so many of the last transformer layers (and the final norm) learn, which costs less time and memory; 0: the
+    whole model learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,10 +295,10 @@ _SMALLEST: dict[str, float] = {
     "env.reward_scale": 0, "prompt.examples": 0, "prompt.window_turns": 1, "prompt.max_example_turns": 1,
     "collect.groups_per_step": 1, "collect.temperature": 0, "collect.max_action_tokens": 1,
     "memory.k": 1, "memory.max_entries": 1, "memory.tip_tokens": 1, "memory.max_tip_tokens": 0,
-    "memory.tip_temperature": 0, "novelty.coefficient": 0, "advantage.std_floor": 0,
+    "memory.tip_temperature": 0, "novelty.coefficient": 0, "advantage.std_floor": 0, "advantage.invalid_penalty": 0,
     "loss.clip_high": 0, "loss.kl": 0, "loss.entropy": 0, "loss.fixed_length": 1,
     "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.max_grad_norm": 0,
-    "learner.mini_batch": 0, "learner.micro_batch_tokens": 1,
+    "learner.mini_batch": 0, "learner.last_layers": 0, "learner.micro_batch_tokens": 1,
     "eval.every": 0, "eval.num_variations": 0, "eval.train_variations": 0, "eval.episodes": 1, "eval.temperature": 0,
 }  # fmt: skip
 

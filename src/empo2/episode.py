@@ -37,7 +37,7 @@ class PromptRules:
     max_action_tokens: int
     window_turns: int | None  #: None: the whole history
     tips_stay: bool  #: tips stay in the turn where they were shown; False: only the current turn shows tips
-    max_tip_tokens: int
+    max_tip_tokens: int  #: in one prompt
     cue: str = ""  #: words at the end of every user turn
 
 
@@ -70,7 +70,6 @@ class LiveEpisode:
     _plain: TokenIds = ()
     _before: TokenIds = ()
     _plain_before: TokenIds = ()
-    _tip_tokens_shown: int = 0
     _under_way: Turn | None = None  # the turn whose action the environment is working on
 
     def begin(self, observation: str, info: dict[str, Any]) -> None:
@@ -79,7 +78,6 @@ class LiveEpisode:
         self._under_way = None
         self._pieces.clear()
         self._before = self._plain_before = ()
-        self._tip_tokens_shown = 0
         self.task_text = str(info.get("task", ""))
         self._opens.append(_Open(observation, str(info.get("state") or observation)))
 
@@ -102,7 +100,7 @@ class LiveEpisode:
         return self._under_way is not None
 
     def next_prompt(self, retrieved: Retrieval) -> TokenIds | None:
-        """The prompt of the coming turn, with the retrieved tips that are new to the episode and fit the budget.
+        """The prompt of the coming turn, with the retrieved tips that it doesn't hold yet and that fit the budget.
 
         None, and the episode has ended, if the turn does not fit ``max_tokens``.
         """
@@ -180,9 +178,7 @@ class LiveEpisode:
 
     def _assemble(self, *, plain: bool) -> TokenIds:
         """The prompt of the coming turn from its pieces."""
-        now = len(self.turns)
-        window = self.rules.window_turns
-        first = 0 if window is None else max(0, now - window)
+        now, first = len(self.turns), self._first_turn()
         ids: TokenIds = ()
         for index in range(first, now + 1):
             shows = not plain and (self.rules.tips_stay or index == now)
@@ -190,6 +186,11 @@ class LiveEpisode:
                 ids += self.turns[index - 1].completion.token_ids
             ids += self._piece(index, opens=index == first, shows_tips=shows and bool(self._opens[index].tips))
         return ids
+
+    def _first_turn(self) -> int:
+        """The turn at which the coming prompt begins."""
+        window = self.rules.window_turns
+        return 0 if window is None else max(0, len(self.turns) - window)
 
     def _piece(self, index: int, *, opens: bool, shows_tips: bool) -> TokenIds:
         """Ids from the end of completion ``index`` − 1 (or the beginning) to where completion ``index`` starts."""
@@ -209,19 +210,24 @@ class LiveEpisode:
         return self._pieces[key]
 
     def _fitting(self, retrieved: Sequence[Tip], room: int) -> tuple[Tip, ...]:
-        """Tips not shown before in this episode, best first, while they fit the episode's tip budget and its length."""
-        seen = {tip.text for turn in self.turns for tip in turn.tips}
-        used_now = len(self._assemble(plain=False))
-        budget = min(self.rules.max_tip_tokens - self._tip_tokens_shown, room - used_now - _TIP_FRAME)
+        """Tips that the prompt doesn't hold yet, best first, while they fit its tip budget and the episode's length."""
+        staying = self._opens[self._first_turn() : -1] if self.rules.tips_stay else []
+        held = [tip.text for past in staying for tip in past.tips]
+        budget = min(
+            self.rules.max_tip_tokens - sum(map(self._tip_cost, held)),
+            room - len(self._assemble(plain=False)) - _TIP_FRAME,
+        )
         chosen: list[Tip] = []
         for tip in retrieved:
-            cost = len(self.rules.chat.text_ids(f"- {tip.text}\n"))
-            if tip.text not in seen and cost <= budget:
+            cost = self._tip_cost(tip.text)
+            if tip.text not in held and cost <= budget:
                 chosen.append(tip)
-                seen.add(tip.text)
+                held.append(tip.text)
                 budget -= cost
-                self._tip_tokens_shown += cost
         return tuple(chosen)
+
+    def _tip_cost(self, text: str) -> int:
+        return len(self.rules.chat.text_ids(f"- {text}\n"))
 
 
 _TIP_FRAME = 24  #: tokens kept free for the line above the tips

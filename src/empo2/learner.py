@@ -58,6 +58,8 @@ class _Sums:
 class Learner:
     """``model`` uses `attention.NAME` and holds float32 master weights; ``compute_dtype`` is autocast's.
 
+    Parameters that need no gradient stay as they are.
+
     Log-probs are those of softmax(logits / ``temperature``): the distribution that episodes are sampled from.
     """
 
@@ -78,7 +80,7 @@ class Learner:
         self._reference = reference.eval().requires_grad_(False) if reference is not None else None
         self._device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -293,10 +295,13 @@ def _stats(sums: _Sums, num_tokens: int, norm: float, *, skipped: bool) -> Updat
 
 
 def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of training step 0, 1, …: linear warm-up, then constant, linear to 0 or cosine to 0."""
+    """Learning rate of training step 0, 1, …: linear warm-up, then constant, linear to 0 or cosine to 0.
+
+    From ``total_steps`` on, linear and cosine stay at 0.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
     if config.schedule == "linear":
         return config.lr * (1 - progress)
     if config.schedule == "cosine":

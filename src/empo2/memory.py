@@ -54,7 +54,7 @@ class _Scope:
 
 
 class TipMemory:
-    """Stores tips and retrieves them (EMPO² section 4.1; SEMANTICS "Tips").
+    """Stores tips and retrieves them (EMPO² section 4.1; docs/algorithm.md section 2).
 
     ``threshold``: cosine above which an entry is a candidate; ``k``: entries per query; ``rank``: by final score or by
     similarity; ``max_entries`` per scope, the oldest are evicted; ``min_score``: lower-scored entries are passed over.

@@ -28,15 +28,13 @@ def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
-def of_collection(
-    groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[float]], reward_scale: float
-) -> dict[str, float]:
+def of_collection(groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[float]]) -> dict[str, float]:
     """What the step's episodes did."""
     episodes = [trajectory for group in groups for trajectory in group.trajectories]
     turns = [turn for trajectory in episodes for turn in trajectory.turns]
     with_tips = [t for trajectory in episodes if trajectory.mode.shows_tips for t in trajectory.turns]
     shares = [
-        novelty_share(values, [t.score * reward_scale for t in group.trajectories])
+        novelty_share(values, [math.fsum(turn.novelty for turn in t.turns) for t in group.trajectories])
         for group, values in zip(groups, returns, strict=True)
     ]
     by_mode = {

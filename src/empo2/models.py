@@ -182,8 +182,28 @@ def _from_pretrained(kind: str, path: str, **options: Any) -> Any:
         raise MissingPart(f"the model {path!r} could not be loaded ({reason}); check model.path") from error
 
 
+def train_last_layers(model: Any, count: int) -> None:
+    """Freeze all but the last ``count`` transformer layers and the final norm. Raises UsageError if there are fewer."""
+    decoder = model.get_decoder()
+    if count > len(decoder.layers):
+        raise UsageError(
+            f"learner.last_layers = {count}, but the model has {len(decoder.layers)} layers; set it to 0 to train all"
+        )
+    model.requires_grad_(False)
+    decoder.layers[-count:].requires_grad_(True)
+    decoder.norm.requires_grad_(True)
+
+
 def context_length(model_config: Any) -> int:
-    """Most tokens a model can attend to (its config's, not its tokenizer's)."""
+    """Most tokens a model can attend to (its config's, not its tokenizer's).
+
+    With "longrope" that is the original context: beyond it, the encoding of every position depends on the longest row of
+    the batch, so that trainer and sampler would disagree.
+    """
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings")
+        return int(original or model_config.original_max_position_embeddings)
     return int(model_config.max_position_embeddings)
 
 

@@ -36,7 +36,7 @@ class Visited:
 
 
 class NoveltyCounter:
-    """r_intrinsic = coefficient / n over distinct states (EMPO² section 4.3; SEMANTICS "Novelty").
+    """r_intrinsic = coefficient / n over distinct states (EMPO² section 4.3; docs/algorithm.md section 3).
 
     Two states are the same if their cosine is at least ``threshold`` (``kind="embedding"``) or their texts are equal
     (``kind="exact"``).
@@ -74,10 +74,14 @@ class NoveltyCounter:
         A state that is the same as no entry becomes one; otherwise its most similar entry (the oldest of equals) gets
         the visit.
         """
-        with self._db:
-            for visited in episodes:
-                for turn in range(len(visited.texts)):
-                    self._count(step, visited, turn)
+        try:
+            with self._db:
+                for visited in episodes:
+                    for turn in range(len(visited.texts)):
+                        self._count(step, visited, turn)
+        except BaseException:
+            self._scopes.clear()  # the database took everything back
+            raise
 
     def distinct_states(self) -> int:
         """Number of entries over all scopes."""

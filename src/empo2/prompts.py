@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from empo2.chat import Message
-from empo2.types import EpisodeKey, Tip, Trajectory, Turn, WorkedExample
+from empo2.types import Tip, Trajectory, Turn, WorkedExample
 
 
 def opening(
@@ -86,11 +86,6 @@ def _place(state: str) -> str:
     """A few words that name a state: "in the kitchen" where the text says so, else its first words."""
     named = re.search(r"\b(?:called|in) (?:the )?([\w' -]{1,40}?)[.,\n]", state)
     return f"in the {named.group(1)}" if named else " ".join(state.split()[:8])
-
-
-def own_tip_source(key: EpisodeKey) -> str:
-    """How a tip's origin is written in run files."""
-    return f"step {key.step}, group {key.group}, episode {key.episode}"
 
 
 def tip_texts(tips: Sequence[Tip]) -> list[str]:

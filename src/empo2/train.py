@@ -15,8 +15,7 @@ from typing import Any, Protocol
 from safetensors.torch import load_file, save_file
 
 from empo2 import metrics, prompts, streams
-from empo2.advantages import episode_return
-from empo2.algorithms import algorithm
+from empo2.algorithms import algorithm, returns_of
 from empo2.assemble import Parts
 from empo2.collect import CollectRules
 from empo2.config import Config
@@ -56,7 +55,7 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
         groups = collect_groups(parts, step)
         collected = time.perf_counter()
         groups = add_novelty(parts, groups)
-        returns = [[episode_return(t, config.env.reward_scale) for t in group.trajectories] for group in groups]
+        returns = [returns_of(group, config) for group in groups]
         advantages = [choice.advantages(group, config) for group in groups]
         judged = time.perf_counter()
         update = update_policy(learner, groups, advantages, config, step)
@@ -69,7 +68,7 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
         result = {
             "step": step,
             "policy_version": version,
-            **metrics.of_collection(groups, returns, config.env.reward_scale),
+            **metrics.of_collection(groups, returns),
             "distinct_states": parts.novelty.distinct_states(),
             "memory_entries": parts.memory.size(),
             **metrics.of_update(update),

@@ -118,7 +118,7 @@ class Turn:
     parsed: bool  #: the completion could be read as an action
     valid: bool  #: the environment knew the action
     reward: float  #: the environment's own, before ``reward_scale``
-    novelty: float = 0.0  #: intrinsic reward of ``state`` (SEMANTICS: coefficient / n)
+    novelty: float = 0.0  #: intrinsic reward of ``state`` (coefficient / n, novelty.py)
     candidates: int = 0  #: memory entries over the similarity threshold
     entries: int = 0  #: memory entries looked through
 

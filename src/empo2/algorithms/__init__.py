@@ -20,13 +20,18 @@ class Algorithm:
     check: Callable[[Config], None]
 
 
+def returns_of(group: TrajectoryGroup, config: Config) -> list[float]:
+    """The return of each episode of a group, [G]."""
+    scale, penalty = config.env.reward_scale, config.advantage.invalid_penalty
+    return [episode_return(trajectory, scale, penalty) for trajectory in group.trajectories]
+
+
 def group_relative(group: TrajectoryGroup, config: Config) -> Advantages:
     """GRPO's advantage of the whole episode, the same for each of its turns."""
-    scale = config.env.reward_scale
     values = group_advantages(
-        [episode_return(trajectory, scale) for trajectory in group.trajectories],
+        returns_of(group, config),
         normalize_by_std=config.advantage.normalize_by_std,
-        std_floor=config.advantage.std_floor * scale,
+        std_floor=config.advantage.std_floor * config.env.reward_scale,
     )
     return tuple((value,) * len(t.turns) for value, t in zip(values, group.trajectories, strict=True))
 

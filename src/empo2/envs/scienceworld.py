@@ -84,7 +84,7 @@ _NO_SUCH_ACTION = "No known action matches that input."
 _NOT_VALID = (_NO_SUCH_ACTION, "Ambiguous request", "Unknown action.")
 _CHANGES_NOTHING = "The door is already open."
 
-#: Equal actions give equal episodes only with this hash function (ENVIRONMENTS in docs/environments.md).
+#: Equal actions give equal episodes only with this hash function: without it, a warm JVM gave 83 and then 100.
 _JVM_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2")
 
 
@@ -110,7 +110,7 @@ def check_installed() -> None:
 class ScienceWorldEnvironment:
     """One simulator in a JVM of its own. Score −100…100; rewards are its changes and add up to it."""
 
-    def __init__(self, simplification: str = "easy") -> None:
+    def __init__(self, simplification: str = "easy", observation: str = "reply") -> None:
         check_installed()
         from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
         from py4j.protocol import Py4JError
@@ -133,6 +133,8 @@ class ScienceWorldEnvironment:
         parameters = GatewayParameters(port=port, auth_token=token)
         self._gateway = JavaGateway(gateway_parameters=parameters, java_process=self._process)
         self._simplification = simplification
+        self._observation = observation
+        self._room = ""  # the room's description that was shown last
         self._task_text = ""
         self._score = 0
         self._done = True
@@ -148,6 +150,7 @@ class ScienceWorldEnvironment:
         observation = self._load(task, with_gold_path=False)
         self._score, self._done = 0, False
         self._task_text = self._call("getTaskDescription").strip()
+        self._room = observation
         return observation, {"state": self._state(), "task": self._task_text}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -165,7 +168,15 @@ class ScienceWorldEnvironment:
             "valid": not observation.startswith(_NOT_VALID),
             "success": score >= 100,
         }
+        if self._observation == "room":
+            observation = self._with_room(observation, known=info["valid"])
         return observation, float(reward), self._done, False, info
+
+    def _with_room(self, reply: str, *, known: bool) -> str:
+        """The reply, and the room as it looks now if that is not what was shown last or the action was not known."""
+        room = self._call("freeActionLook").strip()
+        shown, self._room = self._room, room
+        return reply if room == reply or (room == shown and known) else f"{reply}\n\n{room}"
 
     def close(self) -> None:
         if self._closed:
@@ -179,12 +190,18 @@ class ScienceWorldEnvironment:
     def worked_example(self, task: Task) -> WorkedExample | None:
         """The simulator's gold path with its observations, without steps that change nothing; None if it falls short.
 
-        Opening doors that "easy" leaves open is cut where the shorter path still reaches the full score.
+        Opening doors that "easy" leaves open, and looking around where the room is shown anyway, is cut where the
+        shorter path still reaches the full score.
         """
         self._load(task, with_gold_path=True)
         gold = [str(action) for action in self._call("getGoldActionSequence")]
         first = self._replay(task, gold)
-        shorter = [action for action, (_, after) in zip(gold, first, strict=False) if after != _CHANGES_NOTHING]
+        idle = {"look around"} if self._observation == "room" else set()
+        shorter = [
+            action
+            for action, (_, after) in zip(gold, first, strict=False)
+            if not after.startswith(_CHANGES_NOTHING) and action not in idle
+        ]
         for actions in (shorter, gold):
             record = self._replay(task, actions)
             if self._score == 100:
@@ -243,6 +260,7 @@ class ScienceWorldSuite:
     """All 30 tasks; `empo2 envs scienceworld` lists them."""
 
     simplification: str = "easy"
+    observation: str = "reply"
     name: str = "scienceworld"
     per_worker: int = 1
 
@@ -261,4 +279,4 @@ class ScienceWorldSuite:
         check_installed()
 
     def open(self) -> ScienceWorldEnvironment:
-        return ScienceWorldEnvironment(self.simplification)
+        return ScienceWorldEnvironment(self.simplification, self.observation)

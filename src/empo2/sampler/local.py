@@ -134,16 +134,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     grouped = q.reshape(batch, groups, heads // groups * tokens, dim)
     if mask is not None:
         mask = mask.repeat(1, 1, heads // groups, 1)
-    if q.device.type == "cpu":
-        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            grouped, k, v, attn_mask=mask, scale=scale
-        )
-    else:
-        scores = (grouped @ k.transpose(-1, -2)).float() * scale
-        scores = scores if mask is None else scores + mask
-        weight = scores.logsumexp(-1)
-        out = torch.exp(scores - weight[..., None]).to(v.dtype) @ v
+    out, weight = (_flash_cpu if q.device.type == "cpu" else _plain_attention)(grouped, k, v, mask, scale)
     return out.reshape(batch, heads, tokens, dim), weight.reshape(batch, heads, tokens).float()
+
+
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    return out, weight
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    scores = scores if mask is None else scores + mask
+    weight = scores.logsumexp(-1)
+    return torch.exp(scores - weight[..., None]).to(v.dtype) @ v, weight
 
 
 class LocalSampler:
