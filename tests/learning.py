@@ -21,6 +21,7 @@ from empo2.config import Config
 from empo2.embed import CachedEmbedder, HashingEmbedder
 from empo2.envs.base import Split
 from empo2.episode import LiveEpisode, PromptRules
+from empo2.examples import WorkedExamples
 from empo2.learner import Learner
 from empo2.memory import Retrieval, TipMemory, scope_of
 from empo2.novelty import NoveltyCounter
@@ -309,7 +310,7 @@ def assembled(tokenizer: Any, start: Any, recipe: Config, *, memory_kind: type[T
         memory=memory,
         embedder=embedder,
         rules=rules,
-        examples={},
+        examples=WorkedExamples(0, {}),
         memory_scope=settings.scope,
         overlap=recipe.collect.overlap,
         longest=LONGEST,

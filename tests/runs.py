@@ -50,7 +50,11 @@ def run_training(
 
 def fingerprint(run: RunFolder) -> dict[str, Any]:
     """Everything that must be equal: metrics without seconds, and the last checkpoint's hashes."""
-    metrics = [{key: value for key, value in line.items() if not key.startswith("seconds_")} for line in run.metrics()]
+    faults = ("environment_crashes", "environment_replays")  # what happened on the way, not what came of it
+    metrics = [
+        {key: value for key, value in line.items() if not key.startswith("seconds_") and key not in faults}
+        for line in run.metrics()
+    ]
     return {"metrics": metrics, "sha256": run.checkpoints()[-1].state()["sha256"]}
 
 

@@ -12,8 +12,8 @@ LAYERS = [
     {"errors", "types", "config", "streams", "__init__"},
     {"chat", "prompts", "modes", "advantages", "sequences", "losses"},  # pure: values in, values out
     {"attention", "models", "store", "memory", "novelty", "embed", "envs", "sampler", "learner"},  # owners of state
-    {"episode", "collect", "run", "algorithms"},
-    {"update", "metrics", "assemble", "doctor"},
+    {"episode", "examples", "collect", "run", "algorithms"},
+    {"update", "metrics", "precision", "assemble", "doctor"},
     {"train", "evaluate", "display"},
     {"cli", "__main__"},
 ]

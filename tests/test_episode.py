@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from empo2 import models, sequences
 from empo2.chat import ChatFormat
-from empo2.episode import LiveEpisode, PromptRules
+from empo2.episode import LiveEpisode, PromptRules, tip_room
 from empo2.memory import Retrieval
 from empo2.types import (
     Completion,
@@ -272,32 +272,30 @@ def test_a_prompt_holds_a_tip_once_however_often_it_is_retrieved():
 @given(beats=episodes, budget=st.integers(0, 60), tips_stay=st.booleans(), window=st.sampled_from([None, 1, 2]))
 @settings(max_examples=60, deadline=None)
 def test_tips_stay_within_the_prompts_budget(beats, budget, tips_stay, window):
+    """The budget is what tips add to a prompt, with the lines above them."""
     how = rules(max_tip_tokens=budget, tips_stay=tips_stay, window_turns=window)
-    turns = play(beats, how, Mode.WITH_TIPS)[0].turns
-    for now in range(len(turns)):
-        first = now if not tips_stay else 0 if window is None else max(0, now - window)
-        held = [tip.text for turn in turns[first : now + 1] for tip in turn.tips]
-        assert sum(len(CHAT.text_ids(f"- {text}\n")) for text in held) <= budget
+    trajectory, prompts = play(beats, how, Mode.WITH_TIPS)
+    for prompt, plain in zip(prompts, sequences.prompts(trajectory, plain=True), strict=True):
+        assert len(plain) <= len(prompt) <= len(plain) + budget
 
 
 def test_a_tip_too_long_for_the_budget_leaves_room_for_a_shorter_one():
     beats = [Beat(observation="hall", tips=("coin " * 20, "coin", "north"), completion=said("look"))] * 2
-    trajectory, _ = play(beats, rules(max_tip_tokens=12), Mode.WITH_TIPS)
+    with_two, plain = (play(beats, rules(max_tip_tokens=n), Mode.WITH_TIPS)[1][0] for n in (10_000, 0))
+    long = len(CHAT.text_ids("- " + "coin " * 20 + "\n"))
+    trajectory, _ = play(beats, rules(max_tip_tokens=len(with_two) - len(plain) - long), Mode.WITH_TIPS)
     assert [[tip.text for tip in turn.tips] for turn in trajectory.turns] == [["coin", "north"], []]
 
 
-def test_tips_give_way_to_the_token_limit():
-    """Where tips would leave no room for the action, they are left out; the episode goes on."""
-    beats = [Beat(observation="hall", tips=("coin " * 6,), completion=said("look"))]
-    (prompt,) = play(beats, rules(), Mode.PLAIN)[1]
-    shown = []
-    for spare in range(60):
-        limit = len(prompt) + rules().max_action_tokens + spare
-        trajectory, prompts = play(beats, rules(max_tokens=limit), Mode.WITH_TIPS)
-        assert len(prompts) == 1
-        shown.append(len(trajectory.turns[0].tips))
-    assert shown == sorted(shown)
-    assert {shown[0], shown[-1]} == {0, 1}
+@pytest.mark.parametrize("window", [None, 1])
+def test_tips_make_no_episode_shorter(window):
+    """The token limit holds for the episode without its tips."""
+    beats = [Beat(observation=f"hall {n}", tips=(f"coin {n}",) * 6, completion=said("look")) for n in range(5)]
+    for limit in range(120, 300, 7):
+        how = rules(max_tokens=limit, window_turns=window)
+        tipped, plain = (play(beats, how, mode)[0] for mode in (Mode.WITH_TIPS, Mode.PLAIN))
+        assert (len(tipped.turns), tipped.ending) == (len(plain.turns), plain.ending)
+        assert all(turn.tips for turn in tipped.turns)
 
 
 def test_the_cue_ends_every_prompt():
@@ -314,17 +312,18 @@ def test_token_limit(beats, room, tips_stay, mode):
     """The first turn that does not fit ends the episode; what was played before is kept, rewards included."""
     how = rules(max_tokens=room + 16, tips_stay=tips_stay)
     trajectory, prompts = play(beats, how, mode)
-    assert all(len(prompt) <= room for prompt in prompts)
     assert all(len(prompt) <= room for prompt in sequences.prompts(trajectory, plain=True))
+    assert all(len(prompt) <= room + how.max_tip_tokens for prompt in prompts)
     rewards = [beat.reward for beat in beats]
     assert [turn.reward for turn in trajectory.turns] == rewards[: len(prompts)]
     assert trajectory.score == [*accumulate(rewards, initial=0.0)][len(prompts)]
     assert (trajectory.ending is Ending.TOKEN_LIMIT) == (len(prompts) < len(beats))
     free, unlimited = play(beats, rules(tips_stay=tips_stay), Mode.PLAIN)
     assert free.ending is Ending.TURN_LIMIT
+    fitting = list(takewhile(lambda prompt: len(prompt) <= room, unlimited))
+    assert list(sequences.prompts(trajectory, plain=True)) == fitting
     if mode is Mode.PLAIN:
-        fitting = takewhile(lambda prompt: len(prompt) <= room, unlimited)
-        assert prompts == list(fitting)
+        assert prompts == fitting
 
 
 def test_a_turn_that_just_fits_is_played():
@@ -443,7 +442,7 @@ def test_the_request_for_a_tip_continues_what_the_policy_saw():
     assert shorter[: len(prompt) + len(cut)] == prompt + cut
     without = CHAT.tokenizer.decode(list(shorter[len(prompt) + len(cut) :]))
     assert without == words.replace("<|im_end|>kitchen", "")
-    assert len(episode.tip_prompt(len(prompt) + 3)) == len(prompt) + 3
+    assert len(shorter) + 9 <= len(prompt) + len(cut) + tip_room(CHAT, 9)
     tip = completion(said("\nTake the  coin.\nMore."))
     trajectory = finished(episode, tip)
     assert (trajectory.tip, trajectory.tip_tokens) == ("Take the coin.", len(tip.token_ids))

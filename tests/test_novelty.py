@@ -187,7 +187,7 @@ def test_a_commit_that_breaks_off_counts_nothing():
     good = episode((1, 0), (0, 1))
     found.commit(1, [good])
     before = found.rewards(good), counts(connection)
-    with pytest.raises(ValueError, match="shapes|dimension"):
+    with pytest.raises(ValueError, match=r"shapes|dimension"):
         found.commit(2, [good, episode((1, 0, 0))])  # another embedder's key
     assert (found.rewards(good), counts(connection)) == before
 

@@ -264,3 +264,23 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     assert not wait_until_gone([idle], 5)
     assert list(tmp_path.glob("closed-*")) == [tmp_path / f"closed-{idle}"], "it closed its environment"
     assert not wait_until_gone([hung], pool_module.ORPHAN_S + 5)
+
+
+def test_whoever_has_answered_comes_first(tmp_path):
+    with EnvironmentPool(FaultySuite(tmp_path), 3) as pool:
+        for slot in range(3):
+            reset(pool, slot)
+        pool.start_step(0, "hang")
+        pool.start_step(1, "go")
+        assert pool.answered([0, 1]) == [1]
+        assert seen(pool.receive_step(1)) == undisturbed(1, ["go"])
+        pool.start_step(2, "die once")
+        assert pool.answered([2]) == [2], "its worker died; asking on brings it back"
+        assert seen(pool.receive_step(2)) == undisturbed(2, ["die once"])
+
+
+def test_waiting_for_whoever_answers_has_a_time_limit(tmp_path):
+    with EnvironmentPool(FaultySuite(tmp_path), 1, call_timeout_s=0.5) as pool:
+        pool.start_reset(0, task(0), seed=10)
+        pool.start_step(0, "hang once")
+        assert pool.answered([0]) == [0]

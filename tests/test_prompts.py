@@ -50,32 +50,29 @@ def trajectory(*turns: Turn) -> Trajectory:
 
 
 def test_opening_with_an_example_and_tips():
-    messages = prompts.opening("Act.", [EXAMPLE], "Find it.", "A door.", ["Open it.", "Look."])
-    assert messages == [
+    assert prompts.opening("Act.", [EXAMPLE]) == [
         Message(role="system", text="Act."),
         Message(role="user", text="New task. Find the coin.\n\nThe hall."),
         Message(role="assistant", text="go east"),
         Message(role="user", text="A coin."),
         Message(role="assistant", text="take coin"),
-        Message(
-            role="user",
-            text="New task. Find it.\n\nTips from earlier attempts at this task:\n- Open it.\n- Look.\n\nA door.",
-        ),
     ]
+    assert prompts.first_turn("Find it.", "A door.", ["Open it.", "Look."]) == (
+        "New task. Find it.\n\nTips from earlier attempts at this task:\n- Open it.\n- Look.\n\nA door."
+    )
 
 
 def test_opening_without_anything():
-    assert prompts.opening("Act.", [], "Find it.", "A door.") == [
-        Message(role="system", text="Act."),
-        Message(role="user", text="New task. Find it.\n\nA door."),
-    ]
+    assert prompts.opening("Act.", []) == [Message(role="system", text="Act.")]
+    assert prompts.first_turn("Find it.", "A door.") == "New task. Find it.\n\nA door."
 
 
 def test_a_cue_ends_every_user_turn_and_no_other_message():
-    said = prompts.opening("Act.", [EXAMPLE], "Find it.", "A door.", ["Look."], cue="Next action:")
+    said = prompts.opening("Act.", [EXAMPLE], cue="Next action:")
     assert [message.text.endswith("\n\nNext action:") for message in said] == [
         message.role == "user" for message in said
     ]
+    assert prompts.first_turn("Find it.", "A door.", ["Look."], cue="Next action:").endswith("A door.\n\nNext action:")
     assert prompts.turn("A hall.", cue="Next action:") == "A hall.\n\nNext action:"
     assert prompts.turn("A hall.", ["Look."], cue="Next action:").endswith("- Look.\n\nA hall.\n\nNext action:")
 

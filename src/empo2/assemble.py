@@ -1,32 +1,30 @@
 """A recipe → the parts of a run, checked before anything starts."""
 
 import sqlite3
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from empo2 import models, store
-from empo2.chat import ChatFormat
+from empo2 import models, precision, store
+from empo2.chat import ChatFormat, Message
 from empo2.collect import Collector
 from empo2.config import Config
 from empo2.embed import CachedEmbedder, HashingEmbedder, SentenceEmbedder
 from empo2.envs.base import Split, Suite, check_tasks, suite
 from empo2.envs.pool import EnvironmentPool
-from empo2.episode import PromptRules
+from empo2.episode import PromptRules, tip_room
 from empo2.errors import ConfigError, UsageError
+from empo2.examples import WorkedExamples, gather
 from empo2.learner import Learner
 from empo2.memory import TipMemory
 from empo2.novelty import NoveltyCounter
-from empo2.prompts import opening
+from empo2.prompts import first_turn, opening
 from empo2.run import available_cores
 from empo2.sampler.local import LocalSampler
-from empo2.types import Embedder, Task, WorkedExample
-
-#: Tokens beyond `model.max_tokens` that writing a tip may take.
-TIP_ROOM = 128
+from empo2.types import Embedder, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +62,9 @@ def make_suite(config: Config) -> Suite:
 def train_tasks(config: Config, environment: Suite) -> tuple[Task, ...]:
     """All (task, variation) pairs that are trained on. Raises ConfigError for an unknown variation."""
     tasks = []
+    for key, values in (("env.tasks", config.env.tasks), ("env.variations", config.env.variations)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{key} = {list(values)} names something twice; name each once")
     for name in config.env.tasks:
         official = environment.variations(name, "train")
         for variation in config.env.variations:
@@ -77,13 +78,22 @@ def train_tasks(config: Config, environment: Suite) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def split_tasks(config: Config, environment: Suite, split: Split, num_variations: int) -> tuple[Task, ...]:
-    """The first variations of a split for every task of the recipe; fewer where the split has fewer."""
-    return tuple(
+def split_tasks(
+    config: Config, environment: Suite, split: Split, num_variations: int, *, but: Sequence[Task] = ()
+) -> tuple[Task, ...]:
+    """The first variations of a split, passing over ``but``, for every task of the recipe; fewer where it has fewer."""
+    tasks = [
         Task(environment=environment.name, name=name, variation=variation)
         for name in config.env.tasks
-        for variation in environment.variations(name, split)[:num_variations]
-    )
+        for variation in environment.variations(name, split)
+    ]
+    return first_of_each_name([task for task in tasks if task not in but], num_variations)
+
+
+def first_of_each_name(tasks: Sequence[Task], count: int) -> tuple[Task, ...]:
+    """The first ``count`` tasks of each name."""
+    names = [task.name for task in tasks]
+    return tuple(task for index, task in enumerate(tasks) if names[:index].count(task.name) < count)
 
 
 def preflight(config: Config) -> None:
@@ -99,6 +109,17 @@ def preflight(config: Config) -> None:
         models.locate(config.model.path)
 
 
+def resolved(config: Config) -> Config:
+    """The recipe with this machine's precision in place of `auto`, so that a run is resumed as it began."""
+    model = config.model
+    chosen: dict[str, Any] = {
+        key: precision.fastest(_device(config))
+        for key in ("sampler_dtype", "trainer_dtype")
+        if getattr(model, key) == "auto"
+    }
+    return replace(config, model=replace(model, **chosen))
+
+
 def needed_models(config: Config) -> list[str]:
     """Fetchable models that the recipe uses and that are not there."""
     wanted = [config.model.path, *([models.MINILM] if config.model.embedder == "minilm" else [])]
@@ -108,18 +129,15 @@ def needed_models(config: Config) -> list[str]:
 def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> Parts:
     """Load the model, start environments, gather worked examples. Before: `preflight`, then fetch `needed_models`."""
     torch.set_num_threads(config.train.threads or available_cores())
+    config = resolved(config)
     device = _device(config)
     environment = make_suite(config)
     tokenizer = models.load_tokenizer(config.model.path)
     chat = ChatFormat.of(tokenizer)
     path, seed = config.model.path, config.train.seed
-    sampled = models.load_model(path, dtype=_dtype(config.model.sampler_dtype, device), device=device, seed=seed)
+    sampled = models.load_model(path, dtype=precision.DTYPES[config.model.sampler_dtype], device=device, seed=seed)
     longest = models.context_length(sampled.config)
-    if config.model.max_tokens + TIP_ROOM > longest:
-        raise ConfigError(
-            f"model.max_tokens = {config.model.max_tokens} and {TIP_ROOM} tokens for a tip exceed the model's context "
-            f"of {longest}; lower model.max_tokens"
-        )
+    _check_length(config, chat, longest)
     learner = _learner(config, device) if with_learner else None
     connection = store.open_store(store_path)
     memory = TipMemory(
@@ -139,7 +157,10 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
     embedder = make_embedder(config, device)
     pool = EnvironmentPool(environment, config.env.live, call_timeout_s=config.env.call_timeout_s)
     try:
-        examples = worked_examples(config, environment, pool)
+        trained = train_tasks(config, environment)
+        examples = gather(
+            environment, pool, trained, count=config.prompt.examples, max_turns=config.prompt.max_example_turns
+        )
         rules = PromptRules(
             chat=chat,
             instructions=environment.instructions(),
@@ -150,7 +171,7 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
             max_tip_tokens=config.memory.max_tip_tokens,
             cue=config.prompt.cue,
         )
-        _check_context(rules, examples)
+        _check_context(rules, examples, trained)
     except BaseException:
         pool.close()
         raise
@@ -163,6 +184,7 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
         examples=examples,
         memory_scope=config.memory.scope,
         overlap=config.collect.overlap,
+        deterministic=config.collect.deterministic,
         longest=longest,
     )
     return Parts(
@@ -176,7 +198,7 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
         pool=pool,
         collector=collector,
         learner=learner,
-        train_tasks=train_tasks(config, environment),
+        train_tasks=trained,
     )
 
 
@@ -186,46 +208,30 @@ def make_embedder(config: Config, device: str) -> Embedder:
     return CachedEmbedder(SentenceEmbedder(models.locate(models.MINILM), device=device))
 
 
-def worked_examples(config: Config, environment: Suite, pool: EnvironmentPool) -> dict[str, tuple[WorkedExample, ...]]:
-    """Solved episodes of train variations that are not trained on (where the split is large enough), by task name.
-
-    The last train variations are tried first; episodes of more than `prompt.max_example_turns` turns only if there are
-    no shorter ones among those tried.
-    """
-    trained = set(train_tasks(config, environment))
-    found: dict[str, tuple[WorkedExample, ...]] = {}
-    for name in config.env.tasks:
-        tasks = [
-            Task(environment=environment.name, name=name, variation=v) for v in environment.variations(name, "train")
-        ]
-        others = [task for task in reversed(tasks) if task not in trained]
-        short: list[WorkedExample] = []
-        long: list[WorkedExample] = []
-        for task in others[: 4 * config.prompt.examples]:
-            if len(short) == config.prompt.examples:
-                break
-            example = pool.worked_example(task)
-            if example is not None:
-                (short if len(example.turns) <= config.prompt.max_example_turns else long).append(example)
-        found[name] = tuple((short + long)[: config.prompt.examples])
-        if len(found[name]) < config.prompt.examples:
-            raise ConfigError(
-                f"{name} offers {len(found[name])} worked episodes outside the trained variations, prompt.examples "
-                f"asks for {config.prompt.examples}; lower prompt.examples or env.num_variations"
-            )
-    return found
-
-
-def _check_context(rules: PromptRules, examples: Mapping[str, Sequence[WorkedExample]]) -> None:
+def _check_context(rules: PromptRules, examples: WorkedExamples, tasks: Sequence[Task]) -> None:
     """Refuse a token limit in which not even the worked examples and a first action fit."""
-    for name, shown in examples.items():
-        first = shown[0].turns[0][0] if shown else ""
-        length = len(rules.chat.conversation(opening(rules.instructions, shown, "", first, cue=rules.cue)))
+    for task in tasks:
+        shown = examples.of(task)
+        first = Message(role="user", text=first_turn("", shown[0].turns[0][0] if shown else "", cue=rules.cue))
+        length = len(rules.chat.conversation([*opening(rules.instructions, shown, cue=rules.cue), first]))
         if length + rules.max_action_tokens > rules.max_tokens:
             raise ConfigError(
-                f"the prompt of {name} takes {length} tokens and leaves no room for an action within model.max_tokens "
+                f"the prompt of {task} takes {length} tokens and leaves no room for an action within model.max_tokens "
                 f"= {rules.max_tokens}; raise it, or lower prompt.examples"
             )
+
+
+def _check_length(config: Config, chat: ChatFormat, longest: int) -> None:
+    """Refuse episodes that may outgrow the model's context, with the tips shown in them and the one written after."""
+    needed = {"model.max_tokens": config.model.max_tokens}
+    if config.modes.p > 0:
+        needed["memory.max_tip_tokens"] = config.memory.max_tip_tokens
+        needed["memory.tip_tokens and the request for a tip"] = tip_room(chat, config.memory.tip_tokens)
+    if sum(needed.values()) > longest:
+        parts = " + ".join(f"{name} {tokens}" for name, tokens in needed.items())
+        raise ConfigError(
+            f"{parts} = {sum(needed.values())} tokens exceed the model's context of {longest}; lower one of them"
+        )
 
 
 def _learner(config: Config, device: str) -> Learner:
@@ -240,7 +246,7 @@ def _learner(config: Config, device: str) -> Learner:
         config.learner,
         config.loss,
         temperature=config.collect.temperature,
-        compute_dtype=_dtype(config.model.trainer_dtype, device),
+        compute_dtype=precision.DTYPES[config.model.trainer_dtype],
         reference=load() if config.loss.kl > 0 else None,
     )
 
@@ -250,21 +256,10 @@ def _device(config: Config) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=wanted)
+        if torch.empty(0, device=wanted).is_meta:
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"model.device = {wanted!r} cannot be used ({str(error).splitlines()[0]}); set it to cpu"
         ) from None
     return wanted
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _dtype(name: str, device: str) -> torch.dtype:
-    if name == "auto":
-        fast = device != "cpu" or has_bf16_instructions()
-        return torch.bfloat16 if fast else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -63,17 +63,19 @@ class AttendSegments:
         self._masks = [causal_mask(s.stop - s.start, n, device) for s, n in zip(segments, lengths, strict=True)]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        # split, not slices: the gradient of a slice is a tensor of the whole size, that of a split is one concatenation
+        lengths = [segment.stop - segment.start for segment in self.segments]
+        pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
         parts = []
-        for segment, mask in zip(self.segments, self._masks, strict=True):
-            own = slice(segment.start, segment.stop)
-            k, v = key[:, :, own], value[:, :, own]
+        own: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for (q, k, v), segment, mask in zip(pieces, self.segments, self._masks, strict=True):
+            own[segment.start, segment.stop] = k, v
             if segment.context:
-                shared = slice(*segment.context)
-                k = torch.cat([key[:, :, shared], k], dim=2)
-                v = torch.cat([value[:, :, shared], v], dim=2)
+                shared_k, shared_v = own[segment.context]
+                k, v = torch.cat([shared_k, k], dim=2), torch.cat([shared_v, v], dim=2)
             parts.append(
                 F.scaled_dot_product_attention(
-                    query[:, :, own], k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
                 )
             )
         return torch.cat(parts, dim=2)

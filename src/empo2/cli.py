@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from empo2 import __version__, config
 from empo2.config import Config
@@ -32,13 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"empo2: {error}", file=sys.stderr)
+        return 1
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    top = argparse.ArgumentParser(prog="empo2", description="Train LLM agents that explore (EMPO²).")
+    top = _Parser(prog="empo2", description="Train LLM agents that explore (EMPO²).", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"empo2 {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     train = commands.add_parser(
         "train",
@@ -86,6 +89,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class _Parser(argparse.ArgumentParser):
+    """No abbreviated flags (`--train.step` is a typing error), and a hint for an unknown one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        _, unrecognised, rest = message.partition("unrecognized arguments: ")
+        if unrecognised and rest.startswith("--"):
+            flag = rest.split()[0].partition("=")[0].removeprefix("--")
+            known = [f"{s}.{f.name}" for s, kind in config.sections().items() for f in dataclasses.fields(kind)]
+            message = f"there is no setting --{flag}; {config.nearest(flag, known)}"
+        super().error(message)
+
+
 class _Setting(argparse.Action):
     """Collects `--section.field VALUE` pairs in order."""
 
@@ -124,7 +142,7 @@ def shipped_recipes() -> list[str]:
 
 def _recipe_values(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
-    if path.suffix != ".toml" and not path.exists():
+    if path.suffix != ".toml" and not path.is_file():
         path = recipe_folder() / f"{recipe}.toml"
         if not path.exists():
             raise ConfigError(
@@ -154,7 +172,7 @@ def _train(parsed: argparse.Namespace) -> int:
         recipe = _resumed_recipe(parsed)
     else:
         recipe = config.from_dict(config.with_overrides(_recipe_values(name), _settings(parsed)))
-    from empo2.assemble import assemble, preflight
+    from empo2.assemble import assemble, preflight, resolved
     from empo2.display import Display, summary
     from empo2.run import RunFolder
     from empo2.train import train
@@ -165,22 +183,27 @@ def _train(parsed: argparse.Namespace) -> int:
         recipe = _with_threads(recipe, run)
     display = Display(recipe.train.steps)
     preflight(recipe)
+    recipe = resolved(recipe)
     _fetch_missing(recipe, display.say)
     if not parsed.resume:
-        run = RunFolder.create(
-            parsed.run or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}", recipe
-        )
-    finished = any(checkpoint.step == recipe.train.steps for checkpoint in run.checkpoints())
+        folder = parsed.run or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = RunFolder.create(folder, recipe)
     stop = _StopOnInterrupt(display.say)
-    if not finished:
-        display.say(f"run folder: {run.path}")
-        parts = assemble(recipe, run.store, with_learner=True)
-        try:
-            with display, stop:
-                parts.collector.on_episode = lambda done, total: display.doing(f"episode {done} of {total}")
-                train(parts, run, display, stop.asked)
-        finally:
-            parts.close()
+    with run.locked():
+        if not any(checkpoint.step == recipe.train.steps for checkpoint in run.checkpoints()):
+            display.say(f"run folder: {run.path}")
+            try:
+                parts = assemble(recipe, run.store, with_learner=True)
+            except UsageError:
+                if not parsed.resume:
+                    run.discard()  # nothing has run: the mended recipe may use the same folder
+                raise
+            try:
+                with display, stop:
+                    parts.collector.on_episode = lambda done, total: display.doing(f"episode {done} of {total}")
+                    train(parts, run, display, stop.asked)
+            finally:
+                parts.close()
     if stop.asked() and run.checkpoints()[-1].step < recipe.train.steps:
         display.say(f"saved at step {run.checkpoints()[-1].step}; go on with: empo2 train --resume --run {run.path}")
         return 130
@@ -236,11 +259,12 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     from empo2.assemble import assemble, preflight
     from empo2.evaluate import evaluate_split
     from empo2.run import RunFolder
+    from empo2.store import copy_into
 
     _quiet_libraries()
     overrides = _settings(parsed)
     folder = Path(parsed.subject)
-    store: Path | str = ":memory:"
+    run = None
     if (folder / "config.toml").exists():
         run = RunFolder.open(folder)
         values = _recipe_values(parsed.recipe) if parsed.recipe else config.to_dict(run.config())
@@ -250,7 +274,6 @@ def _evaluate(parsed: argparse.Namespace) -> int:
                 f"{folder} holds no checkpoint yet; train it further with: empo2 train --resume --run {folder}"
             )
         overrides = [("model.path", str(checkpoints[-1].model)), *overrides]
-        store = run.store if parsed.memory == "run" else ":memory:"
     else:
         if parsed.memory == "run":
             raise UsageError(f"{parsed.subject} is a model, not a run, and has no memory; leave out --memory run")
@@ -259,10 +282,18 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     recipe = config.from_dict(config.with_overrides(values, overrides))
     _positive("--episodes", parsed.episodes)
     _positive("--variations", parsed.variations)
+    if parsed.memory == "run" and run and recipe.model.embedder != run.config().model.embedder:
+        raise UsageError(
+            f"the run's memory was written with model.embedder = {run.config().model.embedder}, not "
+            f"{recipe.model.embedder}; leave --model.embedder out"
+        )
     preflight(recipe)
     _fetch_missing(recipe, lambda text: print(text, file=sys.stderr))
-    parts = assemble(recipe, store, with_learner=False)
+    parts = assemble(recipe, ":memory:", with_learner=False)
     try:
+        if parsed.memory == "run" and run:
+            copy_into(parts.connection, run.store)
+            parts.memory.rewind(run.checkpoints()[-1].step)  # tips that this checkpoint's policy could have seen
         result = evaluate_split(
             parts,
             recipe,
@@ -291,11 +322,17 @@ def _print_evaluation(result: dict[str, Any], *, as_json: bool) -> None:
 
     memory = f"with the run's memory ({result['memory_entries']} entries)" if result["memory"] == "run" else "no memory"
     table = Table(title=f"{result['split']} split, {memory}", title_justify="left")
-    for column in ("task", "episodes", "score", "success %", "valid actions %", "turns"):
+    with_memory = ["tips in scope"] if result["memory"] == "run" else []
+    for column in ("task", "episodes", "score", "success %", "valid actions %", "turns", *with_memory):
         table.add_column(column, justify="left" if column == "task" else "right")
     for row in [*result["tasks"], {"task": "mean", **result}]:
-        rates = [f"{row['success_rate'] * 100:.0f}", f"{row['valid_action_rate'] * 100:.0f}"]
-        table.add_row(row["task"], str(row["episodes"]), f"{row['score_mean']:.1f}", *rates, f"{row['turns_mean']:.1f}")
+        rates = [
+            f"{row['success_rate'] * 100:.0f}",
+            f"{row['valid_action_rate'] * 100:.0f}",
+            f"{row['turns_mean']:.1f}",
+        ]
+        tips = [str(row["memory_entries"])] if with_memory else []
+        table.add_row(row["task"], str(row["episodes"]), f"{row['score_mean']:.1f}", *rates, *tips)
     Console().print(table)
 
 

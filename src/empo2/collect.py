@@ -1,18 +1,20 @@
 """Policy × environment pool (× memory) → trajectories.
 
 All live episodes advance turn by turn, in one batch or in two fixed halves: while one half's environments step, the
-other half's actions are sampled. Which episodes share a batch depends on the plan alone, never on the clock.
+other half's actions are sampled. Which episodes share a batch depends on the plan alone, never on the clock (unless
+`collect.deterministic` is switched off).
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from empo2 import streams
 from empo2.envs.pool import EnvironmentPool
 from empo2.episode import LiveEpisode, PromptRules
 from empo2.errors import EpisodeDiverged, UsageError
+from empo2.examples import WorkedExamples
 from empo2.memory import Retrieval, Scope, TipMemory, scope_of
 from empo2.types import (
     Completion,
@@ -24,7 +26,6 @@ from empo2.types import (
     SamplingParams,
     TokenIds,
     Trajectory,
-    WorkedExample,
 )
 
 NOTHING = Retrieval(tips=(), candidates=0, entries=0)
@@ -55,7 +56,8 @@ class CollectCounters:
 class Collector:
     """Runs episodes in ``pool`` with ``sampler``; reads ``memory`` and writes nothing.
 
-    ``examples``: worked episodes by task name. ``overlap``: two halves in turn. ``longest``: the model's context.
+    ``overlap``: two halves in turn. ``deterministic``: which episodes share a batch never depends on the clock.
+    ``longest``: the model's context.
     """
 
     def __init__(
@@ -66,15 +68,17 @@ class Collector:
         memory: TipMemory,
         embedder: Embedder,
         rules: PromptRules,
-        examples: Mapping[str, Sequence[WorkedExample]],
+        examples: WorkedExamples,
         memory_scope: Scope,
         overlap: bool,
+        deterministic: bool = True,
         longest: int,
     ) -> None:
         self.sampler, self.pool = sampler, pool
         self._memory, self._embedder = memory, embedder
         self._prompt_rules, self._examples = rules, examples
-        self._scope, self._overlap, self._longest = memory_scope, overlap, longest
+        self._scope, self._longest = memory_scope, longest
+        self._overlap, self._deterministic = overlap, deterministic
         self.counters = CollectCounters()
         self.on_episode: Callable[[int, int], None] = lambda done, total: None  #: told after each episode
 
@@ -87,11 +91,9 @@ class Collector:
         self.sampler.forget()  # a call's samples must not depend on earlier calls, evaluations among them
         waiting = deque(plans)
         done: dict[EpisodeKey, Trajectory] = {}
-        slots = list(range(self.pool.num_slots))
-        middle = (len(slots) + 1) // 2 if self._overlap else len(slots)
         live: dict[int, LiveEpisode] = {}
         while waiting or live:
-            for batch in (slots[:middle], slots[middle:]):
+            for batch in self._batches(live, more=bool(waiting)):
                 episodes = [live[slot] for slot in batch if slot in live]
                 for episode in episodes:
                     self._receive(episode, rules)
@@ -107,10 +109,19 @@ class Collector:
                 self._act(requests, rules)
         return [done[plan.key] for plan in plans]
 
+    def _batches(self, live: Collection[int], *, more: bool) -> Iterator[list[int]]:
+        """Slots that advance together: all, two fixed halves in turn, or whichever environments have answered."""
+        slots = list(range(self.pool.num_slots))
+        if self._deterministic:
+            middle = (len(slots) + 1) // 2 if self._overlap else len(slots)
+            yield from (slots[:middle], slots[middle:])
+        else:
+            empty = [slot for slot in slots if slot not in live] if more else []
+            yield empty or self.pool.answered(sorted(live))
+
     def _start(self, plan: EpisodePlan, slot: int, rules: CollectRules) -> LiveEpisode:
-        examples = self._examples.get(plan.task.name, ())
         self.pool.start_reset(slot, plan.task, self._seed(plan, rules))
-        return LiveEpisode(plan=plan, slot=slot, rules=self._prompt_rules, examples=examples)
+        return LiveEpisode(plan=plan, slot=slot, rules=self._prompt_rules, examples=self._examples.of(plan.task))
 
     def _seed(self, plan: EpisodePlan, rules: CollectRules) -> int:
         """One seed for the whole group: its episodes differ by what the policy does, not by the environment."""

@@ -28,9 +28,9 @@ class ModelConfig:
     max_tokens: int = 2048
     """Longest episode in tokens, prompt included; an episode that would outgrow it ends as "token limit"."""
     sampler_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the sampling copy; auto: bfloat16 where the processor has instructions for it."""
+    """Precision of the sampling copy; auto: the faster one on this machine, measured once (on a GPU bfloat16)."""
     trainer_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute precision of training (autocast); master weights are always float32."""
+    """Compute precision of training (autocast), auto: as above; master weights are always float32."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; auto: cuda if there is one."""
     embedder: Literal["minilm", "hashing"] = "minilm"
@@ -57,7 +57,8 @@ class EnvConfig:
     """ScienceWorld's simplification preset."""
     observation: Literal["reply", "room"] = "reply"
     """What ScienceWorld shows after an action. reply: the simulator's reply (the paper); room: also the room, when it
-    changed or the action was not known (looking is free there); small models then act on what they see."""
+    changed or the action was not known (looking is free there), less what is the same in every room ("the agent",
+    "air", open doors); small models then act on what they see."""
     reward_scale: float = 0.01
     """Factor from the environment's reward to the learning signal (ScienceWorld's scores reach 100)."""
 
@@ -89,6 +90,9 @@ class CollectConfig:
     overlap: bool = True
     """Two halves of the live episodes in turn: one samples while the other's environments step. false: one batch,
     faster where environments take no time beside the model."""
+    deterministic: bool = True
+    """Which episodes share a batch never depends on the clock. false: whichever environments have answered go on,
+    faster where their steps take unequal time; a run can then not be repeated bit for bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +197,7 @@ class LearnerConfig:
     eps: float = 1e-8
     """AdamW."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this norm; 0: not clipped."""
     mini_batch: int = 0
     """Sequences per optimiser update; 0: one update per step with everything."""
     micro_batch_tokens: int = 4096
@@ -286,6 +290,9 @@ def _rules(config: Config) -> Iterator[_Rule]:
         section, key = name.split(".")
         value = getattr(getattr(c, section), key)
         yield _Rule(value >= smallest, f"{name} must be at least {smallest}, got {value}; set {name}")
+    for name, value in (("learner.beta1", c.learner.beta1), ("learner.beta2", c.learner.beta2)):
+        yield _Rule(0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}; set {name}")
+    yield _Rule(0 <= c.train.seed < 2**63, f"train.seed must lie in 0…2⁶³ − 1, got {c.train.seed}; set train.seed")
     yield _Rule(bool(c.env.tasks), "env.tasks is empty: name at least one task; `empo2 envs` lists them")
 
 
@@ -297,7 +304,7 @@ _SMALLEST: dict[str, float] = {
     "memory.k": 1, "memory.max_entries": 1, "memory.tip_tokens": 1, "memory.max_tip_tokens": 0,
     "memory.tip_temperature": 0, "novelty.coefficient": 0, "advantage.std_floor": 0, "advantage.invalid_penalty": 0,
     "loss.clip_high": 0, "loss.kl": 0, "loss.entropy": 0, "loss.fixed_length": 1,
-    "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.max_grad_norm": 0,
+    "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.eps": 0, "learner.max_grad_norm": 0,
     "learner.mini_batch": 0, "learner.last_layers": 0, "learner.micro_batch_tokens": 1,
     "eval.every": 0, "eval.num_variations": 0, "eval.train_variations": 0, "eval.episodes": 1, "eval.temperature": 0,
 }  # fmt: skip
@@ -365,7 +372,7 @@ def _scalar(value: Any, kind: type, name: str) -> Any:
         raise wrong
     try:
         number = kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise wrong from None
     if number != number or number in (float("inf"), float("-inf")):
         raise ConfigError(f"{name} = {value!r} must be a finite number; set {name}")
@@ -412,6 +419,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no recipe file {path}; `empo2 train --help` lists the recipes") from None
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read ({error.strerror}); name a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a valid TOML file ({error}); mend that line") from None
 

@@ -40,14 +40,16 @@ def _torch() -> Iterator[Finding]:
         return
     import torch
 
+    from empo2 import precision
+
     yield Finding(part="torch", found=torch.__version__)
     if torch.cuda.is_available():
         yield Finding(part="GPU", found=f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
     else:
         yield Finding(part="GPU", found="none: training runs on the processor")
     names = {"AMX bf16": torch.cpu._is_amx_tile_supported(), "AVX-512 bf16": torch.cpu._is_avx512_bf16_supported()}
-    fast = ", ".join(name for name, there in names.items() if there)
-    yield Finding(part="bf16 instructions", found=fast or "none: float32 is used")
+    found = ", ".join(name for name, there in names.items() if there) or "no bfloat16 instructions"
+    yield Finding(part="precision", found=f"{precision.fastest('cpu')} is fastest on the processor ({found})")
     version = package_version("transformers")
     yield Finding(part="transformers", found=version or "missing", remedy="" if version else "pip install transformers")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from empo2 import prompts
-from empo2.chat import ChatFormat
+from empo2.chat import ChatFormat, Message
 from empo2.memory import Retrieval
 from empo2.sequences import common_prefix
 from empo2.types import (
@@ -33,11 +33,11 @@ class PromptRules:
 
     chat: ChatFormat
     instructions: str
-    max_tokens: int  #: longest episode
+    max_tokens: int  #: longest episode, tips not counted: they must not make an episode shorter
     max_action_tokens: int
     window_turns: int | None  #: None: the whole history
     tips_stay: bool  #: tips stay in the turn where they were shown; False: only the current turn shows tips
-    max_tip_tokens: int  #: in one prompt
+    max_tip_tokens: int  #: by which tips may lengthen one prompt
     cue: str = ""  #: words at the end of every user turn
 
 
@@ -102,16 +102,15 @@ class LiveEpisode:
     def next_prompt(self, retrieved: Retrieval) -> TokenIds | None:
         """The prompt of the coming turn, with the retrieved tips that it doesn't hold yet and that fit the budget.
 
-        None, and the episode has ended, if the turn does not fit ``max_tokens``.
+        None, and the episode has ended, if the turn without its tips does not fit ``max_tokens``.
         """
-        room = self.rules.max_tokens - self.rules.max_action_tokens
-        current = self._opens[-1]
         self._plain = self._assemble(plain=True)
-        current.tips, current.retrieved = self._fitting(retrieved.tips, room), retrieved
-        self._prompt = self._assemble(plain=False)
-        if max(len(self._prompt), len(self._plain)) > room:
+        if len(self._plain) > self.rules.max_tokens - self.rules.max_action_tokens:
             self.ending = Ending.TOKEN_LIMIT
             return None
+        current = self._opens[-1]
+        current.tips, current.retrieved = self._fitting(retrieved.tips), retrieved
+        self._prompt = self._assemble(plain=False)
         return self._prompt
 
     def act(self, completion: Completion) -> str:
@@ -150,14 +149,18 @@ class LiveEpisode:
             self.ending = Ending.TURN_LIMIT
 
     def tip_prompt(self, longest: int) -> TokenIds:
-        """The conversation as it was seen, then the request for a tip (without the last observation if too long)."""
+        """The conversation as it was seen, then the request for a tip (without the last observation if too long).
+
+        ``longest`` leaves room for the request (`tip_room`).
+        """
         last = self.turns[-1].completion.token_ids
+        ids: TokenIds = ()
         for observation in (self.observation, ""):
             request = prompts.tip_request(observation, self.score)
             ids = self._before + self.rules.chat.next_turn(last, request)
             if len(ids) <= longest:
                 break
-        return ids[:longest]
+        return ids
 
     def finish(self, policy_version: int, tip: Completion | None) -> Trajectory:
         assert self.ending is not None
@@ -196,41 +199,48 @@ class LiveEpisode:
         """Ids from the end of completion ``index`` − 1 (or the beginning) to where completion ``index`` starts."""
         key = (index, opens, shows_tips)
         if key not in self._pieces:
-            observation = self._opens[index].observation
-            tips = prompts.tip_texts(self._opens[index].tips) if shows_tips else []
+            said = self._said(index, self._opens[index].tips if shows_tips else (), opens=opens)
             chat = self.rules.chat
             if opens:
-                messages = prompts.opening(
-                    self.rules.instructions, self.examples, self.task_text, observation, tips, cue=self.rules.cue
-                )
-                self._pieces[key] = chat.conversation(messages)
+                before = prompts.opening(self.rules.instructions, self.examples, cue=self.rules.cue)
+                self._pieces[key] = chat.conversation([*before, Message(role="user", text=said)])
             else:
-                before = self.turns[index - 1].completion.token_ids
-                self._pieces[key] = chat.next_turn(before, prompts.turn(observation, tips, cue=self.rules.cue))
+                self._pieces[key] = chat.next_turn(self.turns[index - 1].completion.token_ids, said)
         return self._pieces[key]
 
-    def _fitting(self, retrieved: Sequence[Tip], room: int) -> tuple[Tip, ...]:
-        """Tips that the prompt doesn't hold yet, best first, while they fit its tip budget and the episode's length."""
-        staying = self._opens[self._first_turn() : -1] if self.rules.tips_stay else []
-        held = [tip.text for past in staying for tip in past.tips]
-        budget = min(
-            self.rules.max_tip_tokens - sum(map(self._tip_cost, held)),
-            room - len(self._assemble(plain=False)) - _TIP_FRAME,
-        )
-        chosen: list[Tip] = []
+    def _said(self, index: int, tips: Sequence[Tip], *, opens: bool) -> str:
+        """The user's words of a turn."""
+        observation, texts, cue = self._opens[index].observation, prompts.tip_texts(tips), self.rules.cue
+        if opens:
+            return prompts.first_turn(self.task_text, observation, texts, cue=cue)
+        return prompts.turn(observation, texts, cue=cue)
+
+    def _fitting(self, retrieved: Sequence[Tip]) -> tuple[Tip, ...]:
+        """Tips that the prompt doesn't hold yet, best first, while they fit its tip budget."""
+        now, first = len(self.turns), self._first_turn()
+        staying = range(first, now) if self.rules.tips_stay else range(0)
+        held = [tip.text for index in staying for tip in self._opens[index].tips]
+        spent = sum(self._tip_tokens(index, self._opens[index].tips, opens=index == first) for index in staying)
+        chosen: tuple[Tip, ...] = ()
         for tip in retrieved:
-            cost = self._tip_cost(tip.text)
-            if tip.text not in held and cost <= budget:
-                chosen.append(tip)
+            if tip.text in held:
+                continue
+            if spent + self._tip_tokens(now, (*chosen, tip), opens=now == first) <= self.rules.max_tip_tokens:
+                chosen += (tip,)
                 held.append(tip.text)
-                budget -= cost
-        return tuple(chosen)
+        return chosen
 
-    def _tip_cost(self, text: str) -> int:
-        return len(self.rules.chat.text_ids(f"- {text}\n"))
+    def _tip_tokens(self, index: int, tips: Sequence[Tip], *, opens: bool) -> int:
+        """Tokens by which tips lengthen a turn, the line above them included."""
+        if not tips:
+            return 0
+        with_tips, without = (self._said(index, shown, opens=opens) for shown in (tips, ()))
+        return len(self.rules.chat.text_ids(with_tips)) - len(self.rules.chat.text_ids(without))
 
 
-_TIP_FRAME = 24  #: tokens kept free for the line above the tips
+def tip_room(chat: ChatFormat, tip_tokens: int) -> int:
+    """Tokens that asking for a tip and writing it take at most, after the conversation."""
+    return len(chat.next_turn((), prompts.tip_request("", -100.125))) + tip_tokens
 
 
 def _difference(before: TokenIds, prompt: TokenIds) -> Rendering:

@@ -7,7 +7,7 @@ Empo2Error
 ├── EnvironmentCrashed    an environment died or hung (the pool replaces it and replays the episode)
 ├── EpisodeDiverged       the replay in a fresh environment differs from the record (the episode is run again)
 ├── CheckpointError       a checkpoint is incomplete or its checksums do not fit
-└── TrainingDiverged      three updates in a row held NaN or infinity
+└── TrainingDiverged      NaN or infinity in three updates in a row, in the weights, or in what is sampled from
 """
 
 
@@ -40,4 +40,4 @@ class CheckpointError(Empo2Error):
 
 
 class TrainingDiverged(Empo2Error):
-    """Three updates in a row held NaN or infinity."""
+    """NaN or infinity in three updates in a row, in the weights, or in the logits that are sampled from."""

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from empo2 import metrics
-from empo2.assemble import Parts, split_tasks
+from empo2.assemble import Parts, first_of_each_name, split_tasks
 from empo2.collect import CollectRules
 from empo2.config import Config
 from empo2.envs.base import Split
+from empo2.errors import UsageError
 from empo2.memory import scope_of
 from empo2.types import EpisodeKey, EpisodePlan, Mode, Task, Trajectory
 
@@ -34,8 +35,9 @@ def run_episodes(
 def evaluate(parts: Parts, config: Config) -> dict[str, Any]:
     """What training reports: unseen variations of `eval.split`, and some of the trained ones, without memory."""
     result: dict[str, Any] = {}
-    unseen = split_tasks(config, parts.suite, config.eval.split, config.eval.num_variations)
-    for name, tasks in (("", unseen), ("train_", parts.train_tasks[: config.eval.train_variations])):
+    unseen = split_tasks(config, parts.suite, config.eval.split, config.eval.num_variations, but=parts.train_tasks)
+    trained = first_of_each_name(parts.train_tasks, config.eval.train_variations)
+    for name, tasks in (("", unseen), ("train_", trained)):
         if tasks:
             episodes = run_episodes(parts, tasks, episodes=config.eval.episodes, temperature=config.eval.temperature)
             summary = metrics.of_episodes(episodes)
@@ -47,23 +49,29 @@ def evaluate(parts: Parts, config: Config) -> dict[str, Any]:
 def evaluate_split(
     parts: Parts, config: Config, *, split: Split, num_variations: int, episodes: int, with_memory: bool
 ) -> dict[str, Any]:
-    """What `empo2 evaluate` reports: one row a task variation, and their mean."""
+    """What `empo2 evaluate` reports: one row a task variation, and their mean. ``num_variations`` of each task name.
+
+    Of the train split that is what was trained on. Raises UsageError where nothing would be evaluated.
+    """
     if split == "train":
-        tasks: Sequence[Task] = parts.train_tasks
+        tasks: Sequence[Task] = first_of_each_name(parts.train_tasks, num_variations)
     else:
         tasks = split_tasks(config, parts.suite, split, num_variations)
+    if not tasks:
+        raise UsageError(f"the {split} split gives nothing to evaluate; set --variations to at least 1")
     found = run_episodes(parts, tasks, episodes=episodes, temperature=config.eval.temperature, with_memory=with_memory)
     rows = []
     for task in tasks:
         own = [trajectory for trajectory in found if trajectory.task == task]
         row: dict[str, Any] = {"task": str(task), "episodes": len(own), **metrics.of_episodes(own)}
         if with_memory:
-            row["memory_entries"] = parts.memory.size(scope_of(task, config.memory.scope))
+            row["scope"] = scope_of(task, config.memory.scope)
+            row["memory_entries"] = parts.memory.size(row["scope"])
         rows.append(row)
     return {
         "split": split,
         "memory": "run" if with_memory else "none",
-        "memory_entries": parts.memory.size() if with_memory else 0,
+        "memory_entries": sum({row["scope"]: row["memory_entries"] for row in rows}.values()) if with_memory else 0,
         "variations": len(tasks),
         "episodes": len(found),
         **metrics.of_episodes(found),

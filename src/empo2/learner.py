@@ -109,8 +109,9 @@ class Learner:
                 parameter.copy_(weights[name])
                 saved = {key: f"{name}/{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
                 if saved["step"] in optimizer:
+                    # the fused optimiser keeps its step count beside the parameter
                     self.optimizer.state[parameter] = {
-                        key: optimizer[full].to(self._device if key != "step" else "cpu") for key, full in saved.items()
+                        key: optimizer[full].to(self._device) for key, full in saved.items()
                     }
 
     @torch.no_grad()
@@ -140,13 +141,15 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for packed in pack(sequences, self._config.micro_batch_tokens):
             self._accumulate(packed, behavior, weight_of, sums)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm))
+        limit = self._config.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         finite = math.isfinite(sums.loss) and math.isfinite(norm)
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             self.skipped_in_a_row = 0
+            self._check_weights()
         else:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row == 3:
@@ -156,6 +159,15 @@ class Learner:
                 )
         self.optimizer.zero_grad(set_to_none=True)
         return _stats(sums, sum(lengths), norm, skipped=not finite)
+
+    def _check_weights(self) -> None:
+        """Raise TrainingDiverged if the update left NaN or infinity in a weight: there is no way back from that."""
+        trained = [parameter.detach() for group in self.optimizer.param_groups for parameter in group["params"]]
+        largest = torch.stack(torch._foreach_norm(trained, math.inf))
+        if not torch.isfinite(largest).all():
+            raise TrainingDiverged(
+                "an update left NaN or infinity in the weights; go on from the last checkpoint with a lower learner.lr"
+            )
 
     def _accumulate(
         self,
@@ -197,7 +209,7 @@ class Learner:
         sums.clipped += float((clipped & kept).sum())
         sums.masked += float((~kept).sum())
         sums.computed += len(packed.token_ids)
-        gaps = (current - columns.sampled).abs()[~columns.sampled.isnan()]
+        gaps = (current - columns.sampled).abs()[columns.was_sampled]
         if len(gaps):
             sums.gap += float(gaps.sum())
             sums.gap_tokens += len(gaps)
@@ -237,7 +249,8 @@ class _Columns:
     behavior: Tensor
     weights: Tensor
     maskable: Tensor
-    sampled: Tensor  # NaN where the rendering was not sampled
+    sampled: Tensor
+    was_sampled: Tensor  # False where the sampler saw another rendering
 
     @classmethod
     def of(
@@ -251,6 +264,7 @@ class _Columns:
         weights: list[float] = []
         maskable: list[bool] = []
         sampled: list[float] = []
+        was_sampled: list[bool] = []
         denominators = current.clone()
         for sequence in packed.sequences:
             for span in sequence.spans:
@@ -258,7 +272,8 @@ class _Columns:
                 advantages += [span.advantage] * count
                 weights += [weight_of[sequence.spans[0].key]] * count
                 maskable += [sequence.masks_improbable] * count
-                sampled += span.sampler_logprobs or [math.nan] * count
+                sampled += span.sampler_logprobs or [0.0] * count
+                was_sampled += [span.sampler_logprobs is not None] * count
                 if span.key in behavior:
                     denominators[start : start + count] = torch.tensor(behavior[span.key], dtype=current.dtype)
         options: Any = {"dtype": current.dtype, "device": current.device}
@@ -268,6 +283,7 @@ class _Columns:
             weights=torch.tensor(weights, **options),
             maskable=torch.tensor(maskable, device=current.device),
             sampled=torch.tensor(sampled, **options),
+            was_sampled=torch.tensor(was_sampled, device=current.device),
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from empo2.advantages import novelty_share
 from empo2.collect import CollectCounters
+from empo2.envs.pool import PoolCounters
 from empo2.types import Mode, Trajectory, TrajectoryGroup
 from empo2.update import StepUpdate
 
@@ -28,7 +29,7 @@ def of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
-def of_collection(groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[float]]) -> dict[str, float]:
+def of_collection(groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[float]]) -> dict[str, Any]:
     """What the step's episodes did."""
     episodes = [trajectory for group in groups for trajectory in group.trajectories]
     turns = [turn for trajectory in episodes for turn in trajectory.turns]
@@ -47,6 +48,7 @@ def of_collection(groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[
         **{f"mode_{mode.value}": sum(t.mode is mode for t in episodes) for mode in Mode},
         **of_episodes(episodes),
         **by_mode,
+        "solved_tasks": sorted({str(t.task) for t in episodes if t.success}),
         "score_std_in_group": _mean([_std([t.score for t in group.trajectories]) for group in groups]),
         "return_mean": _mean([value for values in returns for value in values]),
         "novelty_mean": _mean([turn.novelty for turn in turns]),
@@ -56,6 +58,15 @@ def of_collection(groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[
         "tip_candidate_share": _mean([turn.candidates / turn.entries for turn in with_tips if turn.entries]),
         "episode_restarts": sum(trajectory.restarts for trajectory in episodes),
     }
+
+
+def first_successes(steps: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The training step in which each task was first solved, by the tasks' names, of a run's metrics."""
+    found: dict[str, int] = {}
+    for line in steps:
+        for task in line["solved_tasks"]:
+            found.setdefault(task, line["step"])
+    return found
 
 
 def _std(values: Sequence[float]) -> float:
@@ -88,6 +99,14 @@ def of_update(update: StepUpdate) -> dict[str, float]:
         "sampler_gap_max": stats[0].sampler_gap_max if stats else 0.0,
         "tokens_trained": tokens,
         "tokens_computed": sum(s.num_computed for s in stats) + update.num_computed,
+    }
+
+
+def of_faults(counters: PoolCounters, before: PoolCounters) -> dict[str, float]:
+    """Environments that died or hung in the step, and episodes that were brought back by replaying them."""
+    return {
+        "environment_crashes": counters.crashes + counters.timeouts - before.crashes - before.timeouts,
+        "environment_replays": counters.replays - before.replays,
     }
 
 

@@ -173,11 +173,12 @@ def load_model(path: str, *, dtype: Any, device: str, seed: int = 0) -> Any:
 
 def _from_pretrained(kind: str, path: str, **options: Any) -> Any:
     import transformers
+    from safetensors import SafetensorError
 
     place = locate(path)
     try:
         return getattr(transformers, kind).from_pretrained(place, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MissingPart(f"the model {path!r} could not be loaded ({reason}); check model.path") from error
 
@@ -197,8 +198,8 @@ def train_last_layers(model: Any, count: int) -> None:
 def context_length(model_config: Any) -> int:
     """Most tokens a model can attend to (its config's, not its tokenizer's).
 
-    With "longrope" that is the original context: beyond it, the encoding of every position depends on the longest row of
-    the batch, so that trainer and sampler would disagree.
+    With "longrope" that is the original context: beyond it, the encoding of every position depends on the longest row
+    of the batch, so that trainer and sampler would disagree.
     """
     rope = getattr(model_config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":

@@ -11,22 +11,14 @@ from empo2.chat import Message
 from empo2.types import Tip, Trajectory, Turn, WorkedExample
 
 
-def opening(
-    instructions: str,
-    examples: Sequence[WorkedExample],
-    task_text: str,
-    observation: str,
-    tips: Sequence[str] = (),
-    *,
-    cue: str = "",
-) -> list[Message]:
-    """System message, worked examples as chat turns, then the task with its first observation."""
+def opening(instructions: str, examples: Sequence[WorkedExample], *, cue: str = "") -> list[Message]:
+    """System message and worked examples as chat turns; the task with its first observation (`first_turn`) follows."""
     messages = [Message(role="system", text=instructions)]
     for example in examples:
         for index, (seen, action) in enumerate(example.turns):
             text = first_turn(example.task_text, seen, cue=cue) if index == 0 else turn(seen, cue=cue)
             messages += [Message(role="user", text=text), Message(role="assistant", text=action)]
-    return [*messages, Message(role="user", text=first_turn(task_text, observation, tips, cue=cue))]
+    return messages
 
 
 def first_turn(task_text: str, observation: str, tips: Sequence[str] = (), *, cue: str = "") -> str:
@@ -68,13 +60,14 @@ def stored_tip(tip: str, suffix: str, score: float) -> str:
     return " ".join(part for part in (tip, suffix, f"(final score: {score:g})") if part)
 
 
-def tip_suffix(trajectory: Trajectory, at: Turn, kind: str) -> str:
+def tip_suffix(trajectory: Trajectory, at: Turn, kind: str, *, final: bool = False) -> str:
     """What was done, as `memory.suffix` asks: the turn's action, the episode's actions, or state → action pairs.
 
-    Actions that the environment did not know are left out of the lists.
+    Actions that the environment did not know are left out of the lists. ``final``: the entry stands under the state
+    after the action, not under the one in which it was taken.
     """
     if kind == "action":
-        return f"Action taken here: {at.action}." if at.action else ""
+        return f"{'Last action' if final else 'Action taken here'}: {at.action}." if at.action else ""
     known = [turn for turn in trajectory.turns if turn.valid and turn.action]
     if kind == "actions":
         return f"Actions: {'; '.join(turn.action for turn in known)}." if known else ""

@@ -11,6 +11,8 @@
     checkpoints/           step_000004/: model/ (an ordinary model folder), optimizer.safetensors, state.json
 """
 
+import contextlib
+import fcntl
 import gzip
 import importlib.metadata
 import json
@@ -19,7 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +53,7 @@ class Checkpoint:
         return self.folder / "optimizer.safetensors"
 
     def state(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
-        return content
+        return _read_object(self.folder / "state.json")
 
     def verify(self) -> None:
         """Raise CheckpointError unless every file has the sha256 that state.json lists."""
@@ -74,12 +75,14 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> "RunFolder":
-        """Start a new run. Raises UsageError if the folder already holds one."""
+        """Start a new run. Raises UsageError if the folder already holds one or cannot be made."""
         if (path / "config.toml").exists():
             raise UsageError(f"{path} already holds a run; add --resume to go on with it, or choose another --run")
-        path.mkdir(parents=True, exist_ok=True)
-        for name in ("trajectories", "checkpoints"):
-            (path / name).mkdir(exist_ok=True)
+        try:
+            for name in ("trajectories", "checkpoints"):
+                (path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the run folder {path} cannot be made ({error.strerror}); choose another --run") from None
         run = cls(path)
         run._write("run.json", json.dumps(provenance(config), indent=1))
         run._write("config.toml", tomli_w.dumps(configs.to_dict(config)))
@@ -92,12 +95,31 @@ class RunFolder:
             raise UsageError(f"{path} holds no run (no config.toml); start one without --resume")
         return cls(path)
 
+    def discard(self) -> None:
+        """Remove a run in which nothing has happened yet."""
+        for name in ("config.toml", "run.json", "memory.sqlite", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / "trajectories", self.path / "checkpoints", self.path):
+            with contextlib.suppress(OSError):  # not ours: something else lies there
+                folder.rmdir()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises UsageError if another one trains in it."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another process is training in {self.path}; let it end, or choose another --run"
+                ) from None
+            yield
+
     def config(self) -> Config:
         return configs.from_dict(configs.read_toml(self.path / "config.toml"))
 
     def provenance(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.path / "run.json").read_text())
-        return content
+        return _read_object(self.path / "run.json")
 
     @property
     def store(self) -> Path:
@@ -150,7 +172,7 @@ class RunFolder:
         """Complete checkpoints, oldest first."""
         found = []
         for state in sorted((self.path / "checkpoints").glob("step_*/state.json")):
-            content = json.loads(state.read_text())
+            content = _read_object(state)
             found.append(Checkpoint(state.parent, content["step"], content["policy_version"]))
         return found
 
@@ -204,13 +226,25 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises CheckpointError where there is none."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error}); the run cannot be used without it") from None
+    return content
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a .jsonl file; a last line cut short by a crash is left out."""
+    """Objects of a .jsonl file, without a last line cut short by a crash. Raises CheckpointError for a damaged one."""
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        lines.append(json.loads(line))
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise CheckpointError(f"line {number} of {path} is damaged; mend or remove it") from None
     return lines
 
 
@@ -281,13 +315,16 @@ def package_version(name: str) -> str | None:
 def code_version() -> str:
     """The git commit if the package runs from a checkout (``+`` if it was changed), else the package's version."""
     here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
-    if found.returncode or tracked.returncode:
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", str(here)) else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return f"empo2 {package_version('empo2')}"
-    changed = subprocess.run([*git, "status", "--porcelain", "--", str(here)], capture_output=True, text=True)
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def processor() -> str:

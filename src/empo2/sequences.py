@@ -86,7 +86,10 @@ def behavior(trajectory: Trajectory, *, off_policy_ratio: str) -> list[TrainingS
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Tokens ``start`` to ``stop`` of a pack, which attend to each other causally and to all of ``context``."""
+    """Tokens ``start`` to ``stop`` of a pack, which attend to each other causally and to all of ``context``.
+
+    A pack's segments tile it; a context is an earlier segment.
+    """
 
     start: int
     stop: int

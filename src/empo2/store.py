@@ -4,6 +4,7 @@ Rows are never changed in place: they are born at a step and may be evicted at a
 checkpoint still needs can be brought back exactly.
 """
 
+import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from empo2.errors import CheckpointError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tips (
@@ -26,10 +29,22 @@ CREATE TABLE IF NOT EXISTS visits (
 
 
 def open_store(path: Path | str) -> sqlite3.Connection:
-    """Open or create the file; ``":memory:"`` for a store that is thrown away."""
+    """Open or create the file; ``":memory:"``: a store that is thrown away. Raises CheckpointError if it is damaged."""
     connection = sqlite3.connect(str(path))
-    connection.executescript(_SCHEMA)
+    try:
+        connection.executescript(_SCHEMA)
+    except sqlite3.DatabaseError as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
     return connection
+
+
+def copy_into(connection: sqlite3.Connection, path: Path) -> None:
+    """Fill an empty store with what a file holds, leaving the file alone. Raises CheckpointError for a damaged file."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as source:
+            source.backup(connection)
+    except sqlite3.DatabaseError as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error})") from None
 
 
 def digest(rows: Iterable[tuple[Any, ...]]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from empo2 import metrics, prompts, streams
@@ -52,6 +53,7 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
     while not ending:
         step += 1
         started = time.perf_counter()
+        faults = replace(parts.pool.counters)
         groups = collect_groups(parts, step)
         collected = time.perf_counter()
         groups = add_novelty(parts, groups)
@@ -72,6 +74,7 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
             "distinct_states": parts.novelty.distinct_states(),
             "memory_entries": parts.memory.size(),
             **metrics.of_update(update),
+            **metrics.of_faults(parts.pool.counters, faults),
             **metrics.of_time(
                 parts.collector.counters,
                 collect=collected - started,
@@ -155,10 +158,12 @@ def visited_states(parts: Parts, group: TrajectoryGroup) -> list[Visited]:
 
 
 def remember(parts: Parts, groups: Sequence[TrajectoryGroup], step: int) -> None:
-    """Store the step's tips and count its states, ordered by (group, episode, turn)."""
+    """Store the step's tips and count its states, ordered by (group, episode, turn).
+
+    States are counted where they earn nothing as well (novelty.coefficient = 0), so that exploration can be compared.
+    """
     parts.memory.commit(step, [tip for group in groups for tip in new_tips(parts, group)])
-    if parts.config.novelty.coefficient > 0:
-        parts.novelty.commit(step, [visited for group in groups for visited in visited_states(parts, group)])
+    parts.novelty.commit(step, [visited for group in groups for visited in visited_states(parts, group)])
 
 
 def new_tips(parts: Parts, group: TrajectoryGroup) -> list[NewTip]:
@@ -174,7 +179,7 @@ def new_tips(parts: Parts, group: TrajectoryGroup) -> list[NewTip]:
             places = [(trajectory.turns[-1], trajectory.final_state)]
         keys = parts.embedder.embed([state for _, state in places])
         for index, ((turn, state), key) in enumerate(zip(places, keys, strict=True)):
-            suffix = prompts.tip_suffix(trajectory, turn, config.suffix)
+            suffix = prompts.tip_suffix(trajectory, turn, config.suffix, final=config.entries == "final")
             entries.append(
                 NewTip(
                     scope=scope,
@@ -212,7 +217,7 @@ def save(parts: Parts, run: RunFolder, step: int, version: int) -> None:
         write,
         digests={"memory": parts.memory.digest(), "novelty": parts.novelty.digest()},
         keep=parts.config.train.keep_checkpoints,
-        extra={"skipped_in_a_row": learner.skipped_in_a_row},
+        extra={"skipped_in_a_row": learner.skipped_in_a_row, "threads": torch.get_num_threads()},
     )
     parts.memory.prune(run.checkpoints()[0].step)
 
@@ -223,6 +228,11 @@ def resume(parts: Parts, run: RunFolder) -> tuple[int, int]:
     Without a checkpoint that is the beginning. Raises CheckpointError if a file or a row is not as it was saved.
     """
     found = run.checkpoints()
+    done = max((line["step"] for line in run.metrics()), default=0)
+    if not found and done >= parts.config.train.checkpoint_every:
+        raise CheckpointError(
+            f"{run.path} ran {done} steps but holds no checkpoint any more, so it cannot go on; start a new run"
+        )
     step, version = (found[-1].step, found[-1].policy_version) if found else (0, 0)
     parts.memory.rewind(step)
     parts.novelty.rewind(step)

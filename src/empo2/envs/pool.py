@@ -11,16 +11,18 @@ import contextlib
 import itertools
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 from empo2.envs.base import Suite
 from empo2.errors import EnvironmentCrashed, EpisodeDiverged
@@ -158,6 +160,21 @@ class EnvironmentPool:
         observation, reward, terminated, truncated, info = answer
         return StepResult(observation=observation, reward=reward, terminated=terminated, truncated=truncated, info=info)
 
+    def answered(self, slots: Sequence[int]) -> list[int]:
+        """Those of the slots whose answer is there; waits for the first. All, if none comes in time (or a worker died):
+        `receive_*` then says so."""
+        while not (there := [slot for slot in slots if slot in self._worker(slot).answers]):
+            workers = {self._worker(slot).connection: self._worker(slot) for slot in slots}
+            heard = multiprocessing.connection.wait(list(workers), self._timeout_s)
+            try:
+                for connection in heard:
+                    self._take(workers[cast(Connection, connection)])
+            except (EOFError, OSError):
+                heard = []
+            if not heard:
+                return list(slots)
+        return there
+
     def worked_example(self, task: Task) -> WorkedExample | None:
         """Ask slot 0 for a solved episode; only between episodes. None if the environment has none to offer."""
         self._episodes.pop(0, None)
@@ -231,18 +248,22 @@ class EnvironmentPool:
                 if not worker.connection.poll(max(deadline - time.monotonic(), 0)):
                     self.counters.timeouts += 1
                     raise EnvironmentCrashed(f"no answer within env.call_timeout_s = {self._timeout_s:g}")
-                answered, ticket, answer = worker.connection.recv()
+                self._take(worker)
             except (EOFError, OSError):
                 self.counters.crashes += 1
                 worker.process.join(1)
                 raise EnvironmentCrashed(f"its process ended with exit code {worker.process.exitcode}") from None
-            if ticket == self._tickets[answered]:
-                worker.answers[answered] = answer
         answer = worker.answers.pop(slot)
         if isinstance(answer, EnvironmentCrashed):
             self.counters.crashes += 1
             raise answer
         return answer
+
+    def _take(self, worker: _Worker) -> None:
+        """Put one answer of a worker where it belongs; one to an earlier call is dropped."""
+        slot, ticket, answer = worker.connection.recv()
+        if ticket == self._tickets[slot]:
+            worker.answers[slot] = answer
 
     def _restart(self, slot: int, method: str, arguments: tuple[Any, ...]) -> None:
         """Replace the slot's worker and bring back all episodes it held."""

@@ -151,6 +151,8 @@ class ScienceWorldEnvironment:
         self._score, self._done = 0, False
         self._task_text = self._call("getTaskDescription").strip()
         self._room = observation
+        if self._observation == "room":
+            observation = _short(observation)
         return observation, {"state": self._state(), "task": self._task_text}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -176,7 +178,7 @@ class ScienceWorldEnvironment:
         """The reply, and the room as it looks now if that is not what was shown last or the action was not known."""
         room = self._call("freeActionLook").strip()
         shown, self._room = self._room, room
-        return reply if room == reply or (room == shown and known) else f"{reply}\n\n{room}"
+        return _short(reply if room == reply or (room == shown and known) else f"{reply}\n\n{room}")
 
     def close(self) -> None:
         if self._closed:
@@ -243,6 +245,13 @@ class ScienceWorldEnvironment:
             return getattr(self._server, method)(*arguments)
         except Py4JError as error:
             raise EnvironmentCrashed(f"the ScienceWorld simulator failed: {error}") from error
+
+
+def _short(observation: str) -> str:
+    """Without what every room holds and, as doors are open under "easy", without saying so of each."""
+    for everywhere in ("\tthe agent\n", "\ta substance called air\n", " (that is open)"):
+        observation = observation.replace(everywhere, "")
+    return observation
 
 
 def _not_of_py4j(record: logging.LogRecord) -> bool:

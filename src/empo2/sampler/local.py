@@ -5,6 +5,7 @@ with its own slot and with the others; the longest common prefix is kept or copi
 end to end in one forward pass, so nothing is padded and a finished episode cannot be seen by another.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from empo2 import streams
+from empo2.errors import TrainingDiverged
 from empo2.sequences import common_prefix
 from empo2.types import Completion, SampleRequest, SamplingParams, TokenIds
 
@@ -287,7 +289,8 @@ class LocalSampler:
 def draw(logits: Tensor, temperature: float, uniforms: Sequence[float]) -> tuple[list[int], list[float]]:
     """One token a row from softmax(logits / temperature), by inverse CDF in vocabulary order; ids [B], log-probs [B].
 
-    Temperature 0 takes the most probable token, with its log-prob at temperature 1.
+    Temperature 0 takes the most probable token, with its log-prob at temperature 1. Raises TrainingDiverged for logits
+    that are NaN or infinite.
     """
     logprobs = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -296,5 +299,10 @@ def draw(logits: Tensor, temperature: float, uniforms: Sequence[float]) -> tuple
         cumulative = logprobs.exp().cumsum(-1)
         points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
-    return tokens.tolist(), chosen.tolist()
+    chosen = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
+    if not all(map(math.isfinite, chosen)):
+        raise TrainingDiverged(
+            "the policy's logits hold NaN or infinity, so nothing can be sampled; go on from an earlier checkpoint "
+            "with a lower learner.lr, or set model.sampler_dtype to float32"
+        )
+    return tokens.tolist(), chosen
