@@ -347,7 +347,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "novelty": {"coefficient": 0.02, "kind": "exact"},
     "advantage": {"std_floor": 5.0},
     "learner": {"lr": 1e-3, "micro_batch_tokens": 16384},
-    "eval": {"split": "train", "num_variations": len(GOALS), "train_variations": 0, "episodes": 16, "temperature": 1.0},
+    "eval": {"num_variations": 0, "train_variations": len(GOALS), "episodes": 16, "temperature": 1.0},
 }
 
 #: Arm → what it changes. The first is the method; the others must fail.

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +57,9 @@ def test_trajectories_hold_what_happened(smoke_run: Path):
 
     episodes = RunFolder(smoke_run).trajectories(2)
     assert len(episodes) == json.loads((smoke_run / "metrics.jsonl").read_text().splitlines()[1])["num_episodes"]
+    assert any(episode["tip"] for episode in episodes)
     for episode in episodes:
-        assert episode["tip"] is not None
+        assert episode["tip_tokens"] > 0
         for turn in episode["turns"]:
             assert len(turn["logprobs"]) == len(turn["completion_ids"])
             assert {"observation", "tips", "prompt", "plain", "reward", "novelty", "advantage"} <= set(turn)
@@ -79,11 +82,49 @@ def test_evaluating_a_run_with_and_without_its_memory(smoke_run: Path):
     )
     assert plain.returncode == tips.returncode == 0, plain.stderr + tips.stderr
     assert json.loads(plain.stdout)["memory_entries"] == 0
-    assert json.loads(tips.stdout)["memory_entries"] > 0
-    assert len(json.loads(tips.stdout)["tasks"]) == 4
-    table = run("evaluate", str(smoke_run), "--variations", "1", "--episodes", "1")
+    rows = json.loads(tips.stdout)["tasks"]
+    assert json.loads(tips.stdout)["memory_entries"] == sum(row["memory_entries"] for row in rows) > 0
+    assert rows != json.loads(plain.stdout)["tasks"], "tips change what is done"
+    assert len(rows) == 2  # eval.num_variations of the recipe
+    flags = ("--variations", "1", "--episodes", "1", "--memory", "run")
+    table = run("evaluate", str(smoke_run), *flags)
     assert table.returncode == 0, table.stderr
-    assert "toy/coin-3/80" in table.stdout
+    row = next(line for line in table.stdout.splitlines() if "toy/coin-3/80" in line)
+    assert row.split("│")[-2].strip() == "0", "the scope of an unseen variation holds no tips"
+
+
+def test_evaluation_with_memory_shows_the_tips_that_the_checkpoint_knew(smoke_run: Path, tmp_path: Path):
+    """A run killed after its last checkpoint holds younger tips; they belong to no policy that is there."""
+    run_copy = tmp_path / "run"
+    shutil.copytree(smoke_run, run_copy)
+    shutil.rmtree(run_copy / "checkpoints" / "step_000002")
+
+    def entries() -> int:
+        done = run(
+            "evaluate",
+            str(run_copy),
+            "--split",
+            "train",
+            "--variations",
+            "9",
+            "--episodes",
+            "1",
+            "--memory",
+            "run",
+            "--json",
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["memory_entries"]
+
+    with sqlite3.connect(run_copy / "memory.sqlite") as connection:
+        born = dict(connection.execute("SELECT born_step, COUNT(*) FROM tips GROUP BY born_step"))
+    assert born[2] > 0
+    assert entries() == born[1]
+    (run_copy / "memory.sqlite").unlink()
+    done = run("evaluate", str(run_copy), "--memory", "run")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "memory.sqlite is missing" in done.stderr
+    assert not (run_copy / "memory.sqlite").exists()
 
 
 def test_evaluating_changes_nothing_in_the_run(smoke_run: Path):
@@ -115,6 +156,19 @@ def test_evaluating_changes_nothing_in_the_run(smoke_run: Path):
         (["evaluate", "no-such-model"], ["no model 'no-such-model'"]),
         (["evaluate", "tiny-random", "--recipe", "smoke", "--memory", "run"], ["has no memory"]),
         (["evaluate", "tiny-random", "--recipe", "smoke", "--episodes", "0"], ["--episodes", "at least 1"]),
+        (["train", "smoke", "--env.variations", "0,0,1"], ["env.variations", "twice"]),
+        (["train", "smoke", "--env.tasks", "coin-3,coin-3"], ["env.tasks", "twice"]),
+        (["train", "smoke", "--learner.beta1", "1.5"], ["learner.beta1", "below 1"]),
+        (["train", "smoke", "--learner.eps", "-1"], ["learner.eps", "at least 0"]),
+        (["train", "smoke", "--train.seed", "12345678901234567890"], ["train.seed"]),
+        (["train", "smoke", "--model.device", "meta"], ["model.device", "meta"]),
+        (["train", "smoke", "--learner.last_layers", "9"], ["last_layers", "2 layers"]),
+        (["train", "smoke", "--memory.tip_tokens", "5000"], ["exceed the model's context", "memory.tip_tokens"]),
+        (["train", "smoke", "--memory.max_tip_tokens", "5000"], ["exceed the model's context", "max_tip_tokens"]),
+        (["train", "."], ["no recipe '.'"]),
+        (["train", "smoke", "--run", "file"], ["cannot be made"]),
+        (["train", "smoke", "--run", "file/below"], ["cannot be made"]),
+        (["evaluate", "tiny-random", "--recipe", "smoke", "--eval.num_variations", "0"], ["nothing to evaluate"]),
         (["fetch", "gpt-5"], ["nothing to fetch"]),
         (["envs", "chess"], ["no environment 'chess'"]),
     ],
@@ -122,6 +176,7 @@ def test_evaluating_changes_nothing_in_the_run(smoke_run: Path):
 def test_the_impossible_is_refused_in_one_sentence_with_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EMPO2_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "file").touch()
     if arguments[0] == "train" and "--run" not in arguments:
         arguments = [*arguments, "--run", str(tmp_path / "run")]
     status = cli.main(arguments)
@@ -130,7 +185,32 @@ def test_the_impossible_is_refused_in_one_sentence_with_exit_code_2(arguments, w
     assert len(error.strip().splitlines()) == 1
     for word in words:
         assert word in error
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists(), "the mended recipe may use the same folder"
+
+
+@pytest.mark.parametrize("flag", ["--train.step", "--loss.detla", "--memory.ent"])
+def test_a_mistyped_flag_is_refused_with_the_nearest(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "smoke", flag, "1"])
+    error = capsys.readouterr().err
+    meant = {"--train.step": "train.steps", "--loss.detla": "loss.delta", "--memory.ent": "memory.entries"}[flag]
+    assert f"no setting {flag}; did you mean '{meant}'?" in error
+
+
+def test_two_processes_cannot_train_in_one_run(smoke_run: Path, capsys):
+    from empo2.run import RunFolder
+
+    with RunFolder.open(smoke_run).locked():
+        assert cli.main(["train", "--resume", "--run", str(smoke_run)]) == 2
+    assert "another process is training" in capsys.readouterr().err
+
+
+def test_without_git_the_version_is_the_packages(monkeypatch):
+    from empo2.run import code_version
+
+    assert not code_version().startswith("empo2 ")
+    monkeypatch.setenv("PATH", "")
+    assert code_version().startswith("empo2 0.")
 
 
 def test_a_run_folder_is_not_overwritten(smoke_run: Path, capsys):

@@ -1,5 +1,6 @@
 """The README and the docs say only what is there."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -28,7 +29,9 @@ def test_commands_in_the_docs_can_be_parsed(page: Path):
         if words[0] == "make":
             assert words[1] in targets, command
         else:
-            cli.parser().parse_args(words[1:])
+            parsed = cli.parser().parse_args(words[1:])
+            recipe = getattr(parsed, "recipe", None)
+            assert recipe in (None, "mine.toml", *cli.shipped_recipes()) or (ROOT / recipe).exists(), command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -42,9 +45,17 @@ def test_relative_links_lead_somewhere(page: Path):
 def test_settings_named_in_the_docs_exist(page: Path):
     known = {f"{s}.{name}" for s, kind in config.sections().items() for name in config.field_help(kind)}
     sections = "|".join(config.sections())
-    for name in re.findall(rf"`(?:--)?((?:{sections})\.[a-z_0-9]+)", page.read_text()):
-        if not name.endswith(".py") and not (ROOT / "src" / "empo2" / f"{name.split('.')[0]}.py").exists():
-            assert name in known, f"{page.name}: {name}"
+    for name in re.findall(rf"`(?:--)?((?:{sections})\.[A-Za-z_0-9]+)", page.read_text()):
+        module, _, member = name.partition(".")
+        if member not in ("py", "toml", "jsonl", "sqlite") and name not in known:
+            assert member in defined_in(module), f"{page.name}: {name}"
+
+
+def defined_in(module: str) -> set[str]:
+    """Functions and classes of a module of the package; empty if there is no such module."""
+    path = ROOT / "src" / "empo2" / f"{module}.py"
+    body = ast.parse(path.read_text()).body if path.exists() else []
+    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 def test_every_recipe_is_named_in_the_readme():

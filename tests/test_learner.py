@@ -496,6 +496,21 @@ def test_an_update_with_nan_is_skipped_and_the_third_in_a_row_ends_the_run():
     assert all(torch.equal(before[name], value) for name, value in state().items())
 
 
+def test_an_update_that_breaks_the_weights_ends_the_run():
+    learner = make_learner()
+    with pytest.raises(TrainingDiverged, match="in the weights"):
+        learner.update(batch_of(play_group(Mode.PLAIN)), {}, 1e39)
+
+
+def test_a_limit_of_zero_clips_nothing():
+    batch = batch_of(play_group(Mode.PLAIN))
+    free, unlimited = (
+        updated(make_learner(max_grad_norm=1e9), batch)[1],
+        updated(make_learner(max_grad_norm=0), batch)[1],
+    )
+    assert distance(free, unlimited) == 0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_broken_weights_are_noticed(value):
     learner = make_learner()

@@ -6,6 +6,7 @@ import pytest
 
 from empo2 import metrics
 from empo2.collect import CollectCounters
+from empo2.envs.pool import PoolCounters
 from empo2.learner import UpdateStats
 from empo2.types import Completion, Ending, EpisodeKey, Mode, Rendering, Task, Tip, Trajectory, TrajectoryGroup, Turn
 from empo2.update import StepUpdate
@@ -145,6 +146,24 @@ def test_the_sampler_gap_is_that_of_the_first_update():
 def test_a_step_without_any_signal_says_so():
     assert updated(skipped_groups=2)["loss"] == 0
     assert updated(skipped_groups=2)["zero_advantage_groups"] == 2
+
+
+def test_first_successes():
+    solved = replace(BASE[1], success=True)
+    assert collected(*BASE)["solved_tasks"] == []
+    assert collected(BASE[0], solved)["solved_tasks"] == [str(TASK)]
+    lines = [
+        {"step": 1, "solved_tasks": []},
+        {"step": 2, "solved_tasks": ["b"]},
+        {"step": 3, "solved_tasks": ["a", "b"]},
+    ]
+    assert metrics.first_successes(lines) == {"b": 2, "a": 3}
+
+
+def test_faults_are_those_of_the_step():
+    before = PoolCounters(crashes=2, timeouts=1, replays=4)
+    now = PoolCounters(crashes=3, timeouts=3, replays=6)
+    assert metrics.of_faults(now, before) == {"environment_crashes": 3, "environment_replays": 2}
 
 
 def test_time_metrics_add_up():

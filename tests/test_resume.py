@@ -1,6 +1,7 @@
 """The determinism contract: same run bit for bit, whatever happened on the way."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from empo2 import cli
 from empo2.errors import CheckpointError
 from empo2.run import RunFolder
 from runs import fingerprint, run_training, smoke, without_evaluation
@@ -127,6 +129,28 @@ def test_damage_to_a_checkpoint_is_found(tmp_path: Path):
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
         run_training(tmp_path / "run", smoke(("train.steps", 3)))
+
+
+def test_a_run_whose_checkpoints_were_removed_is_not_begun_again(tmp_path: Path):
+    recipe = smoke(("train.steps", 2), ("train.checkpoint_every", 1))
+    run = run_training(tmp_path / "run", recipe)
+    for checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint.folder)
+    before = run.metrics(), run.trajectories(2)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        run_training(tmp_path / "run", recipe)
+    assert (run.metrics(), run.trajectories(2)) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step_000001/state.json", "metrics.jsonl", "run.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, capsys):
+    run = run_training(tmp_path / "run", smoke(("train.steps", 1)))
+    (run.path / name).write_text("{not this\n" * 200)
+    assert cli.main(["train", "--resume", "--run", str(run.path)]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert name in error
+    assert "damaged" in error
 
 
 def test_a_changed_memory_is_found(tmp_path: Path):

@@ -3,6 +3,7 @@
 `check` is the oracle: one plain forward pass over prompt and completion, transformers' own attention, nothing cached.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import oracles
 from empo2 import models, sequences, streams
 from empo2.config import LearnerConfig, LossConfig
 from empo2.episode import LiveEpisode
+from empo2.errors import TrainingDiverged
 from empo2.learner import Learner
 from empo2.sampler import local
 from empo2.sampler.local import LocalSampler, draw
@@ -234,7 +236,8 @@ def test_nan_in_a_slots_past_leaks_nothing():
     sampler, fresh = make_sampler(), make_sampler()
     good = {name: p.detach().clone() for name, p in our_model().named_parameters()}
     sampler.load_weights({name: torch.full_like(value, torch.nan) for name, value in good.items()}, 1)
-    sampler.sample([request(slot, ids(100, slot)) for slot in range(4)], GREEDY)
+    with pytest.raises(TrainingDiverged, match="NaN or infinity"):
+        sampler.sample([request(slot, ids(100, slot)) for slot in range(4)], GREEDY)
     sampler.load_weights(good, 2)
     requests = [request(0, ids(10, 50)), request(2, ids(60, 51))]
     assert sampler.sample(requests, WARM) == fresh.sample(requests, WARM)
@@ -403,3 +406,11 @@ def test_draws_follow_the_distribution():
     tokens, _ = draw(logits, 0.7, [(n + 0.5) / 10_000 for n in range(10_000)])
     shares = torch.bincount(torch.tensor(tokens), minlength=4) / 10_000
     assert torch.allclose(shares, torch.softmax(logits[0] / 0.7, dim=-1), atol=2e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nothing_is_drawn_from_broken_logits(temperature, value):
+    with pytest.raises(TrainingDiverged):
+        draw(torch.tensor([[0.0, value, 1.0]]), temperature, [0.5])
+    assert draw(torch.tensor([[0.0, -math.inf, 1.0]]), temperature, [0.5])[0] == [2], "a token may be impossible"

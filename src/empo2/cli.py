@@ -173,7 +173,7 @@ def _train(parsed: argparse.Namespace) -> int:
     else:
         recipe = config.from_dict(config.with_overrides(_recipe_values(name), _settings(parsed)))
     from empo2.assemble import assemble, preflight, resolved
-    from empo2.display import Display, summary
+    from empo2.display import Display, solved_line, summary
     from empo2.run import RunFolder
     from empo2.train import train
 
@@ -208,6 +208,7 @@ def _train(parsed: argparse.Namespace) -> int:
         display.say(f"saved at step {run.checkpoints()[-1].step}; go on with: empo2 train --resume --run {run.path}")
         return 130
     display.console.print(summary(run.evaluations(), run.metrics()))
+    display.say(solved_line(run.metrics()))
     display.say(f"run folder: {run.path}")
     display.say(f"trained model: {run.checkpoints()[-1].model}")
     return 0
@@ -323,8 +324,9 @@ def _print_evaluation(result: dict[str, Any], *, as_json: bool) -> None:
     memory = f"with the run's memory ({result['memory_entries']} entries)" if result["memory"] == "run" else "no memory"
     table = Table(title=f"{result['split']} split, {memory}", title_justify="left")
     with_memory = ["tips in scope"] if result["memory"] == "run" else []
-    for column in ("task", "episodes", "score", "success %", "valid actions %", "turns", *with_memory):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    table.add_column("task", no_wrap=True)
+    for column in ("episodes", "score", "success %", "valid actions %", "turns", *with_memory):
+        table.add_column(column, justify="right")
     for row in [*result["tasks"], {"task": "mean", **result}]:
         rates = [
             f"{row['success_rate'] * 100:.0f}",

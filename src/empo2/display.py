@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from empo2.metrics import first_successes
+
 
 class Display:
     """An `Observer` (train.py) that prints. Use as a context manager."""
@@ -108,6 +110,13 @@ def summary(evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> T
         ):
             table.add_row(f"training, first → last step: {text}", *_compared(steps[0][key], steps[-1][key], scale))
     return table
+
+
+def solved_line(steps: list[dict[str, Any]]) -> str:
+    """Which tasks were solved in training, and in which step first."""
+    firsts = first_successes(steps)
+    solved = ", ".join(f"{task} (step {step})" for task, step in firsts.items())
+    return f"solved in training, first in: {solved}" if firsts else "no task was solved in training"
 
 
 def _compared(before: float, after: float, scale: int) -> tuple[str, str, str]:

@@ -263,6 +263,7 @@ def _trajectory(
         "success": trajectory.success,
         "return": episode_return,
         "tip": trajectory.tip,
+        "tip_tokens": trajectory.tip_tokens,
         "restarts": trajectory.restarts,
         "turns": [_turn(t, a, decode) for t, a in zip(trajectory.turns, advantages, strict=True)],
     }
