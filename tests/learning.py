@@ -20,6 +20,7 @@ from empo2.collect import Collector
 from empo2.config import Config
 from empo2.embed import CachedEmbedder, HashingEmbedder
 from empo2.envs.base import Split
+from empo2.envs.pool import PoolCounters
 from empo2.episode import LiveEpisode, PromptRules
 from empo2.examples import WorkedExamples
 from empo2.learner import Learner
@@ -45,43 +46,49 @@ from runs import Silent
 
 # ---- the environment -------------------------------------------------------------------------------------------------
 
-DOORS = ("red", "blue", "green", "white")  #: every room has all of them
 ROOMS = ("one", "two", "three")  #: chance solves a maze in 1 of 4³ = 64 episodes
-NAMES = tuple("oak elm ash yew fir bay fig may lime pear plum teak pine palm sage rose iris lily moss fern".split())
-GOALS = (0, 1, 2, 3)  #: trained with RL, never shown in imitation
-KNOWN = (4, 5, 6, 7)  #: the taught policy knows their ways out by heart; of the others it knows nothing
+WORDS = tuple(
+    "oak elm ash yew fir bay fig may lime pear plum teak pine palm sage rose iris lily moss fern reed rush hop vine".split()
+)
+NUM_DOORS = 4
+GOALS = (0, 1, 2, 3)  #: trained with RL; none of their sets of doors is ever shown in imitation
 
 
 def task_of(variation: int) -> Task:
     return Task(environment="maze", name="maze", variation=variation)
 
 
-def random_way(rng: random.Random) -> tuple[str, ...]:
+def doors_of(variation: int) -> tuple[str, ...]:
+    """The doors in every room of a goal; no two goals share one."""
+    return WORDS[NUM_DOORS * variation : NUM_DOORS * (variation + 1)]
+
+
+def random_way(rng: random.Random, doors: Sequence[str]) -> tuple[str, ...]:
     """One door for each room."""
-    return tuple(rng.choice(DOORS) for _ in ROOMS)
-
-
-def way_out(variation: int) -> tuple[str, ...]:
-    """The ways out of four mazes in a row differ in every room, so that no habit fits two of them."""
-    block, place = divmod(variation, len(DOORS))
-    first = random_way(random.Random(f"maze/{block}"))
-    return tuple(DOORS[(DOORS.index(door) + place) % len(DOORS)] for door in first)
+    return tuple(rng.choice(doors) for _ in ROOMS)
 
 
 class Maze:
     """Rooms one after another. Every door leads on, but only one way leads out: score 100 at the end, otherwise 0."""
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
-        self.way_out, self.called = way_out(task.variation), NAMES[task.variation]
-        self.taken: tuple[str, ...] = ()
+        """Habits lead nowhere: ``seed`` orders the doors ("always the second"), a way out takes no door twice."""
+        doors = doors_of(task.variation)
+        way_out = random.Random(f"maze/{task.variation}").sample(doors, len(ROOMS))
+        return self.begin(random.Random(seed).sample(doors, NUM_DOORS), way_out)
+
+    def begin(self, doors: Sequence[str], way_out: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        self.doors, self.way_out, self.taken = tuple(doors), tuple(way_out), 0
+        self.right = True  # so far
         return self._seen(), {"state": self._state(), "task": "Leave."}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        valid = action in DOORS
+        valid = action in self.doors
         if valid:
-            self.taken += (action,)
-        over = len(self.taken) == len(ROOMS)
-        solved = over and self.taken == self.way_out
+            self.right = self.right and action == self.way_out[self.taken]
+            self.taken += 1
+        over = self.taken == len(ROOMS)
+        solved = over and self.right
         if over:
             seen = state = "You are out." if solved else "You are lost."
         else:
@@ -92,14 +99,14 @@ class Maze:
         pass
 
     def _seen(self) -> str:
-        return f"{self._state()} Maze {self.called}."
+        return f"{self._state()} Doors: {' '.join(self.doors)}."
 
     def _state(self) -> str:
-        return f"You are in room {ROOMS[len(self.taken)]}, after {' '.join(self.taken) or 'nothing'}."
+        return f"You are in room {ROOMS[self.taken]}."
 
 
 class MazeSuite:
-    """64 mazes; the official train split holds the goals."""
+    """The train split holds the goals."""
 
     name = "maze"
     per_worker = 64
@@ -125,6 +132,7 @@ class PoolInProcess:
 
     def __init__(self, suite: MazeSuite, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.counters = PoolCounters()
         self._environments = [suite.open() for _ in range(num_slots)]
         self._answers: dict[int, Any] = {}
 
@@ -160,13 +168,13 @@ def word_tokenizer() -> Any:
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    shown = [prompts.stored_tip(tip, "Done: in the room one: red; .", 100.0 * good) for good, tip in TIPS.items()]
+    shown = [prompts.stored_tip(tip, "Done: in the room one: oak; .", 100.0 * good) for good, tip in TIPS.items()]
     said = [
-        "system user assistant You are in room , after nothing . out lost Leave Maze",
+        "system user assistant You are in room . out lost Leave Doors :",
         MazeSuite().instructions(),
         prompts.first_turn("Leave .", "", shown),
         *(prompts.tip_request("", 100.0 * good) for good in TIPS),
-        *(" ".join(words) for words in (DOORS, ROOMS, NAMES)),
+        *(" ".join(words) for words in (ROOMS, WORDS)),
     ]
     splitter = pre_tokenizers.Whitespace()
     words = dict.fromkeys(["<unk>", *(word for text in said for word, _ in splitter.pre_tokenize_str(text))])
@@ -211,7 +219,7 @@ class Teacher:
     """Writes episodes in other mazes than the goals, rendered by the project's own code.
 
     Half of them show the tip of a success, which is followed; the others the tip of a failure or none, and the doors
-    are random. The way out is another one each time, so that nothing but the tip is worth learning.
+    are random. Doors and the way out are others each time, so that nothing but the tip is worth learning.
     """
 
     rules: PromptRules
@@ -219,14 +227,13 @@ class Teacher:
     rng: random.Random
 
     def lesson(self) -> TrainingSequence:
-        kind = self.rng.choice(("good", "good", "bad", "none", "known"))
-        others = [v for v in range(len(NAMES)) if v not in GOALS + KNOWN]
-        task = task_of(self.rng.choice(KNOWN if kind == "known" else others))
-        way = way_out(task.variation) if kind == "known" else random_way(self.rng)
-        shown = () if kind in ("none", "known") else (self._tip(task, way, good=kind == "good"),)
-        follows = kind in ("good", "known")
-        doors = [d if follows and self.rng.random() < FAITHFUL else self.rng.choice(DOORS) for d in way]
-        trajectory, request = self._episode(task, way, doors, shown)
+        kind = self.rng.choice(("good", "good", "bad", "none"))
+        doors = self._other_doors()
+        way = random_way(self.rng, doors)
+        shown = () if kind == "none" else (self._tip(doors, way, good=kind == "good"),)
+        faithful = kind == "good"
+        taken = [d if faithful and self.rng.random() < FAITHFUL else self.rng.choice(doors) for d in way]
+        trajectory, request = self._episode(doors, way, taken, shown)
         (acted,) = sequences.build(trajectory, [1.0] * len(ROOMS), plain=False)
         said = self._said(TIPS[trajectory.success]).token_ids
         written = Span(
@@ -238,25 +245,31 @@ class Teacher:
         )
         return TrainingSequence(token_ids=request + said, spans=(*acted.spans, written))
 
-    def _tip(self, task: Task, way_out: Sequence[str], *, good: bool) -> Tip:
+    def _other_doors(self) -> tuple[str, ...]:
+        """Doors that are not those of a goal: of no goal more than half."""
+        while True:
+            doors = tuple(self.rng.sample(WORDS, NUM_DOORS))
+            if all(len(set(doors) & set(doors_of(goal))) <= NUM_DOORS // 2 for goal in GOALS):
+                return doors
+
+    def _tip(self, doors: Sequence[str], way_out: Sequence[str], *, good: bool) -> Tip:
         """A memory entry as an earlier episode would have left it."""
-        doors = tuple(way_out)
-        while not good and doors == tuple(way_out):
-            doors = random_way(self.rng)
-        trajectory, _ = self._episode(task, way_out, doors, ())
+        taken = tuple(way_out)
+        while not good and taken == tuple(way_out):
+            taken = random_way(self.rng, doors)
+        trajectory, _ = self._episode(doors, way_out, taken, ())
         suffix = prompts.tip_suffix(trajectory, trajectory.turns[0], self.suffix)
         text = prompts.stored_tip(TIPS[good], suffix, trajectory.score)
         return Tip(text=text, score=trajectory.score, similarity=1.0, source=trajectory.key)
 
     def _episode(
-        self, task: Task, way_out: Sequence[str], doors: Sequence[str], shown: tuple[Tip, ...]
+        self, doors: Sequence[str], way_out: Sequence[str], taken: Sequence[str], shown: tuple[Tip, ...]
     ) -> tuple[Trajectory, tuple[int, ...]]:
         """The episode in which these doors are taken, and the prompt that asks for its tip."""
-        plan = EpisodePlan(task=task, mode=Mode.WITH_TIPS, key=EpisodeKey(0, 0, 0))
+        plan = EpisodePlan(task=task_of(0), mode=Mode.WITH_TIPS, key=EpisodeKey(0, 0, 0))
         episode, maze = LiveEpisode(plan=plan, slot=0, rules=self.rules, examples=()), Maze()
-        episode.begin(*maze.reset(task, 0))
-        maze.way_out = tuple(way_out)
-        for door in doors:
+        episode.begin(*maze.begin(doors, way_out))
+        for door in taken:
             episode.next_prompt(Retrieval(tips=shown, candidates=len(shown), entries=len(shown)))
             episode.observe(step_result(maze.step(episode.act(self._said(door)))), len(ROOMS))
         return episode.finish(0, None), episode.tip_prompt(LONGEST)

@@ -8,8 +8,9 @@ What a message *says* is always text: a control token such as `<|im_end|>` in an
 is split into ordinary pieces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from empo2.errors import UsageError
@@ -108,8 +109,16 @@ class ChatFormat:
 
     def text_ids(self, text: str) -> TokenIds:
         """Ids of what a message says; no control token and no added token can arise from it."""
+        return self._remembered(text)
+
+    @cached_property
+    def _remembered(self) -> Callable[[str], TokenIds]:
+        """`_tokenized`, with its latest answers kept: observations and tips come again and again."""
+        return lru_cache(maxsize=10_000)(self._tokenized)
+
+    def _tokenized(self, text: str) -> TokenIds:
         pieces = [text]
-        for token in self._added_texts():
+        for token in self._added_texts:
             pieces = [part for piece in pieces for part in _broken(piece, token)]
         return tuple(
             token_id
@@ -118,13 +127,20 @@ class ChatFormat:
             for token_id in self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         )
 
+    @cached_property
     def _added_texts(self) -> list[str]:
         """Added tokens that `split_special_tokens` would still recognise: longer than a character, not blank."""
         added = self.tokenizer.added_tokens_decoder.values()
         return [t.content for t in added if not t.special and len(t.content) > 1 and t.content.strip()]
 
     def _glue_ids(self, glue: str) -> TokenIds:
-        return tuple(self.tokenizer(glue, add_special_tokens=False)["input_ids"])
+        if glue not in self._known_glue:
+            self._known_glue[glue] = tuple(self.tokenizer(glue, add_special_tokens=False)["input_ids"])
+        return self._known_glue[glue]
+
+    @cached_property
+    def _known_glue(self) -> dict[str, TokenIds]:
+        return {}
 
     def _text(self, messages: Sequence[Message]) -> str:
         pairs = zip(messages, [*messages[1:], None], strict=True)
