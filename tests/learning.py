@@ -46,49 +46,43 @@ from runs import Silent
 
 # ---- the environment -------------------------------------------------------------------------------------------------
 
-ROOMS = ("one", "two", "three", "four")  #: chance solves a maze in 1 of 5⁴ = 625 episodes
-WORDS = tuple(
-    "oak elm ash yew fir bay fig may lime pear plum teak pine palm sage rose iris lily moss fern reed rush hop vine".split()
-)
-NUM_DOORS = 5
-GOALS = (0, 1, 2, 3)  #: trained with RL; none of their sets of doors is ever shown in imitation
+ROOMS = ("one", "two", "three", "four")  #: chance solves a maze in 1 of 4⁴ = 256 episodes
+KINDS = {  #: of doors; the doors in every room of a maze are of one kind
+    "wood": ("oak", "elm", "ash", "fir"),
+    "stone": ("slate", "flint", "chalk", "marble"),
+    "metal": ("iron", "tin", "zinc", "lead"),
+    "cloth": ("silk", "wool", "linen", "felt"),
+}
+GOALS = tuple(range(len(KINDS)))  #: one maze of each kind: goals share no door
 
 
 def task_of(variation: int) -> Task:
     return Task(environment="maze", name="maze", variation=variation)
 
 
-def doors_of(variation: int) -> tuple[str, ...]:
-    """The doors in every room of a goal; no two goals share one."""
-    return WORDS[NUM_DOORS * variation : NUM_DOORS * (variation + 1)]
-
-
-def random_way(rng: random.Random, doors: Sequence[str]) -> tuple[str, ...]:
-    """One door for each room."""
-    return tuple(rng.choice(doors) for _ in ROOMS)
+def goal(variation: int) -> tuple[str, tuple[str, ...]]:
+    """Kind and way out of a maze that is trained with RL. No habit solves it: each of its doors is taken once."""
+    kind = list(KINDS)[variation]
+    return kind, tuple(random.Random(f"maze/{variation}").sample(KINDS[kind], len(ROOMS)))
 
 
 class Maze:
     """Rooms one after another. Every door leads on, but only one way leads out: score 100 at the end, otherwise 0."""
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
-        """Habits lead nowhere: ``seed`` orders the doors ("always the second"), a way out takes no door twice."""
-        doors = doors_of(task.variation)
-        way_out = random.Random(f"maze/{task.variation}").sample(doors, len(ROOMS))
-        return self.begin(random.Random(seed).sample(doors, NUM_DOORS), way_out)
+        return self.begin(*goal(task.variation))
 
-    def begin(self, doors: Sequence[str], way_out: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        self.doors, self.way_out, self.taken = tuple(doors), tuple(way_out), 0
-        self.right = True  # so far
+    def begin(self, kind: str, way_out: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        self.kind, self.way_out = kind, tuple(way_out)
+        self.taken: tuple[str, ...] = ()
         return self._seen(), {"state": self._state(), "task": "Leave."}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        valid = action in self.doors
+        valid = action in KINDS[self.kind]
         if valid:
-            self.right = self.right and action == self.way_out[self.taken]
-            self.taken += 1
-        over = self.taken == len(ROOMS)
-        solved = over and self.right
+            self.taken += (action,)
+        over = len(self.taken) == len(ROOMS)
+        solved = self.taken == self.way_out
         if over:
             seen = state = "You are out." if solved else "You are lost."
         else:
@@ -99,10 +93,10 @@ class Maze:
         pass
 
     def _seen(self) -> str:
-        return f"{self._state()} Doors: {' '.join(self.doors)}."
+        return f"{self._state()} Doors of {self.kind}."
 
     def _state(self) -> str:
-        return f"You are in room {ROOMS[self.taken]}."
+        return f"You are in room {ROOMS[len(self.taken)]}."
 
 
 class MazeSuite:
@@ -168,13 +162,13 @@ def word_tokenizer() -> Any:
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    shown = [prompts.stored_tip(tip, "Done: in the room one: oak; .", 100.0 * good) for good, tip in TIPS.items()]
+    shown = [prompts.stored_tip(tip, "Action taken here: oak.", 100.0 * good) for good, tip in TIPS.items()]
     said = [
-        "system user assistant You are in room . out lost Leave Doors :",
+        "system user assistant You are in room . out lost Leave Doors of",
         MazeSuite().instructions(),
         prompts.first_turn("Leave .", "", shown),
         *(prompts.tip_request("", 100.0 * good) for good in TIPS),
-        *(" ".join(words) for words in (ROOMS, WORDS)),
+        *(" ".join(words) for words in (ROOMS, KINDS, *KINDS.values())),
     ]
     splitter = pre_tokenizers.Whitespace()
     words = dict.fromkeys(["<unk>", *(word for text in said for word, _ in splitter.pre_tokenize_str(text))])
@@ -218,8 +212,8 @@ FAITHFUL = 0.85  #: how often the taught policy takes the door that a good tip n
 class Teacher:
     """Writes episodes in other mazes than the goals, rendered by the project's own code.
 
-    Half of them show the tip of a success, which is followed; the others the tip of a failure or none, and the doors
-    are random. Doors and the way out are others each time, so that nothing but the tip is worth learning.
+    Half of them show, in every room, the tip of a success, which is followed; in the others doors are random. The way
+    out is another one each time, so that nothing but the tip is worth learning.
     """
 
     rules: PromptRules
@@ -227,13 +221,13 @@ class Teacher:
     rng: random.Random
 
     def lesson(self) -> TrainingSequence:
-        kind = self.rng.choice(("good", "good", "bad", "none"))
-        doors = self._other_doors()
-        way = random_way(self.rng, doors)
-        shown = () if kind == "none" else (self._tip(doors, way, good=kind == "good"),)
-        faithful = kind == "good"
-        taken = [d if faithful and self.rng.random() < FAITHFUL else self.rng.choice(doors) for d in way]
-        trajectory, request = self._episode(doors, way, taken, shown)
+        kind = self.rng.choice(list(KINDS))
+        doors = KINDS[kind]
+        way_out = self._other_way(kind)
+        shows_tips = self.rng.random() < 0.5
+        shown = self._tips(kind, way_out) if shows_tips else [() for _ in ROOMS]
+        taken = [d if shows_tips and self.rng.random() < FAITHFUL else self.rng.choice(doors) for d in way_out]
+        trajectory, request = self._episode(kind, way_out, taken, shown)
         (acted,) = sequences.build(trajectory, [1.0] * len(ROOMS), plain=False)
         said = self._said(TIPS[trajectory.success]).token_ids
         written = Span(
@@ -245,32 +239,35 @@ class Teacher:
         )
         return TrainingSequence(token_ids=request + said, spans=(*acted.spans, written))
 
-    def _other_doors(self) -> tuple[str, ...]:
-        """Doors that are not those of a goal: of no goal more than half."""
+    def _other_way(self, kind: str) -> tuple[str, ...]:
+        """A way out that is not that of a goal."""
         while True:
-            doors = tuple(self.rng.sample(WORDS, NUM_DOORS))
-            if all(len(set(doors) & set(doors_of(goal))) <= NUM_DOORS // 2 for goal in GOALS):
-                return doors
+            way_out = tuple(self.rng.choice(KINDS[kind]) for _ in ROOMS)
+            if (kind, way_out) not in map(goal, GOALS):
+                return way_out
 
-    def _tip(self, doors: Sequence[str], way_out: Sequence[str], *, good: bool) -> Tip:
-        """A memory entry as an earlier episode would have left it."""
-        taken = tuple(way_out)
-        while not good and taken == tuple(way_out):
-            taken = random_way(self.rng, doors)
-        trajectory, _ = self._episode(doors, way_out, taken, ())
-        suffix = prompts.tip_suffix(trajectory, trajectory.turns[0], self.suffix)
-        text = prompts.stored_tip(TIPS[good], suffix, trajectory.score)
-        return Tip(text=text, score=trajectory.score, similarity=1.0, source=trajectory.key)
+    def _tips(self, kind: str, way_out: Sequence[str]) -> list[tuple[Tip, ...]]:
+        """The memory entries of an earlier success, one for each room."""
+        success, _ = self._episode(kind, way_out, way_out, [() for _ in ROOMS])
+        texts = [
+            prompts.stored_tip(TIPS[True], prompts.tip_suffix(success, turn, self.suffix), success.score)
+            for turn in success.turns
+        ]
+        return [(Tip(text=text, score=success.score, similarity=1.0, source=success.key),) for text in texts]
 
     def _episode(
-        self, doors: Sequence[str], way_out: Sequence[str], taken: Sequence[str], shown: tuple[Tip, ...]
+        self,
+        kind: str,
+        way_out: Sequence[str],
+        taken: Sequence[str],
+        shown: Sequence[tuple[Tip, ...]],
     ) -> tuple[Trajectory, tuple[int, ...]]:
-        """The episode in which these doors are taken, and the prompt that asks for its tip."""
+        """The episode in which these doors are taken and these tips are shown, and the prompt that asks for its tip."""
         plan = EpisodePlan(task=task_of(0), mode=Mode.WITH_TIPS, key=EpisodeKey(0, 0, 0))
         episode, maze = LiveEpisode(plan=plan, slot=0, rules=self.rules, examples=()), Maze()
-        episode.begin(*maze.begin(doors, way_out))
-        for door in taken:
-            episode.next_prompt(Retrieval(tips=shown, candidates=len(shown), entries=len(shown)))
+        episode.begin(*maze.begin(kind, way_out))
+        for door, tips in zip(taken, shown, strict=True):
+            episode.next_prompt(Retrieval(tips=tips, candidates=len(tips), entries=len(tips)))
             episode.observe(step_result(maze.step(episode.act(self._said(door)))), len(ROOMS))
         return episode.finish(0, None), episode.tip_prompt(LONGEST)
 
@@ -348,15 +345,18 @@ def assembled(tokenizer: Any, start: Any, recipe: Config, *, memory_kind: type[T
     )
 
 
+#: How the policy is taught.
+LESSONS: dict[str, Any] = {"updates": 200, "batch": 32, "lr": 3e-3}
+
 #: What all arms share. `modes` and `novelty` are the method's, as in the recipes.
 RECIPE: dict[str, dict[str, Any]] = {
     "train": {"steps": 60, "checkpoint_every": 60},
-    "model": {"max_tokens": 400, "embedder": "hashing"},
+    "model": {"max_tokens": 200, "embedder": "hashing"},
     "env": {"name": "maze", "tasks": ["maze"], "max_turns": len(ROOMS), "live": 32},
     "prompt": {"examples": 0},
     "collect": {"groups_per_step": 4, "group_size": 8, "temperature": 1.0, "max_action_tokens": 2, "overlap": False},
     "modes": {"p": 0.75, "q": 0.6666666666666666},
-    "memory": {"k": 1, "suffix": "state_actions", "tip_tokens": 2, "max_tip_tokens": 300, "show_min_score": 50.0},
+    "memory": {"k": 1, "threshold": 0.9, "tip_tokens": 2, "max_tip_tokens": 200, "show_min_score": 50.0},
     "novelty": {"coefficient": 0.02, "kind": "exact"},
     "advantage": {"std_floor": 5.0},
     "learner": {"lr": 1e-3, "micro_batch_tokens": 16384},
