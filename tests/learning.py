@@ -346,20 +346,21 @@ def assembled(tokenizer: Any, start: Any, recipe: Config, *, memory_kind: type[T
 
 
 #: How the policy is taught.
-LESSONS: dict[str, Any] = {"updates": 200, "batch": 32, "lr": 3e-3}
+LESSONS: dict[str, Any] = {"updates": 400, "batch": 32, "lr": 3e-3}
 
-#: What all arms share. `modes` and `novelty` are the method's, as in the recipes.
+#: What all arms share. Modes are drawn per episode: in a group whose episodes were all shown the way out, all succeed,
+#: and nothing is left to distil (docs/log.md, 2026-11-25).
 RECIPE: dict[str, dict[str, Any]] = {
-    "train": {"steps": 60, "checkpoint_every": 60},
+    "train": {"steps": 100, "checkpoint_every": 100},
     "model": {"max_tokens": 200, "embedder": "hashing"},
     "env": {"name": "maze", "tasks": ["maze"], "max_turns": len(ROOMS), "live": 32},
     "prompt": {"examples": 0},
     "collect": {"groups_per_step": 4, "group_size": 8, "temperature": 1.0, "max_action_tokens": 2, "overlap": False},
-    "modes": {"p": 0.75, "q": 0.6666666666666666},
+    "modes": {"granularity": "per_episode", "p": 0.5, "q": 0.6666666666666666},
     "memory": {"k": 1, "threshold": 0.9, "tip_tokens": 2, "max_tip_tokens": 200, "show_min_score": 50.0},
     "novelty": {"coefficient": 0.02, "kind": "exact"},
     "advantage": {"std_floor": 5.0},
-    "learner": {"lr": 1e-3, "micro_batch_tokens": 16384},
+    "learner": {"lr": 3e-4, "micro_batch_tokens": 16384},
     "eval": {"num_variations": 0, "train_variations": len(GOALS), "episodes": 16, "temperature": 1.0},
 }
 

@@ -18,23 +18,25 @@ def taught() -> Any:
 
 
 @pytest.fixture(scope="module")
-def scores(taught: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Arm → tip-free score before and after training (and in between), 0…100."""
+def scores(taught: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
+    """Arm → tip-free score before and after training, 0…100, of 64 episodes each."""
     folder = tmp_path_factory.mktemp("arms")
     runs = {arm: learning.train_arm(folder / arm, arm, taught, seed=0) for arm in learning.ARMS}
-    return {arm: [line["eval_train_score_mean"] for line in run.evaluations()] for arm, run in runs.items()}
+    found = {arm: [line["eval_train_score_mean"] for line in run.evaluations()] for arm, run in runs.items()}
+    return {arm: (before, after) for arm, (before, after) in found.items()}
 
 
-def test_the_policy_is_small_and_cannot_leave_a_maze_without_a_tip(taught: Any, scores: dict[str, list[float]]):
+def test_the_policy_is_small_and_hardly_ever_leaves_a_maze_by_chance(taught: Any, scores: dict[str, Any]):
     assert sum(parameter.numel() for parameter in taught.parameters()) <= 1_000_000
-    assert all(found[0] <= 5 for found in scores.values())
+    assert {before for before, _ in scores.values()} == {scores["empo2"][0]}, "all arms begin with the same policy"
+    assert scores["empo2"][0] <= 4
 
 
-def test_the_whole_method_leaves_the_mazes_without_tips(scores: dict[str, list[float]]):
-    assert scores["empo2"][-1] >= 50
+def test_the_whole_method_leaves_the_mazes_without_tips(scores: dict[str, Any]):
+    assert scores["empo2"][1] >= 20
 
 
 @pytest.mark.parametrize("arm", [arm for arm in learning.ARMS if arm != "empo2"])
-def test_with_a_part_taken_out_it_stalls(arm: str, scores: dict[str, list[float]]):
-    """PLAIN alone; tips that are never distilled; tips of another maze."""
-    assert scores[arm][-1] <= scores["empo2"][-1] / 2
+def test_with_a_part_taken_out_it_stalls(arm: str, scores: dict[str, Any]):
+    """PLAIN alone; tips that are never distilled; the tips of another maze."""
+    assert scores[arm][1] <= scores["empo2"][1] / 3
