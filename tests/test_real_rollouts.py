@@ -25,7 +25,8 @@ RULES = CollectRules(purpose="train", seed=5, temperature=0.7, max_turns=TURNS, 
 
 
 def make_parts(dtype: str) -> Parts:
-    changes = [("env.live", 4), ("env.max_turns", TURNS), ("memory.max_tip_tokens", 400)]
+    changes = [("env.live", 4), ("env.max_turns", TURNS), ("memory.max_tip_tokens", 800), ("memory.suffix", "action")]
+    changes += [("memory.rank", "similarity"), ("memory.k", 1)]  # another state, another tip: in late turns, too
     changes += [("model.sampler_dtype", dtype), ("model.trainer_dtype", dtype)]
     return assemble(from_dict(with_overrides(_recipe_values("default"), changes)), ":memory:", with_learner=True)
 
