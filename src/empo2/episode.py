@@ -171,6 +171,7 @@ class LiveEpisode:
             policy_version=policy_version,
             turns=tuple(self.turns),
             final_state=self.state,
+            final_observation=self.observation,
             ending=self.ending,
             score=self.score,
             success=self.success,

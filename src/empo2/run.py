@@ -262,6 +262,8 @@ def _trajectory(
         "score": trajectory.score,
         "success": trajectory.success,
         "return": episode_return,
+        "final_observation": trajectory.final_observation,
+        "final_state": trajectory.final_state,
         "tip": trajectory.tip,
         "tip_tokens": trajectory.tip_tokens,
         "restarts": trajectory.restarts,

@@ -133,6 +133,7 @@ class Trajectory:
     policy_version: int
     turns: tuple[Turn, ...]
     final_state: str  #: state text after the last action
+    final_observation: str = ""  #: what the environment said to it; opens the request for the tip
     ending: Ending
     score: float  #: the environment's own return: sum of the turns' rewards
     success: bool
