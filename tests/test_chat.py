@@ -280,6 +280,7 @@ def test_smollm2():
     pieces()
     text_stays_text()
     chat.tokenizer.add_tokens(ADDED)
+    chat = ChatFormat.of(chat.tokenizer)
     text_stays_text()
     assert chat.stop_ids == {chat.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert chat.tokenizer.pad_token_id in chat.stop_ids  # so padding could never be told by id

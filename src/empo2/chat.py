@@ -27,7 +27,7 @@ class Message:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The glue of one chat template. ChatML's, with a system message::
+    """The glue of one chat template; its tokenizer must not change any more. ChatML's, with a system message::
 
     opening      '<|im_start|>system\\n'       before the first message
     after[system → user]      '<|im_end|>\\n<|im_start|>user\\n'
