@@ -7,7 +7,6 @@ from typing import Any
 
 from empo2 import config
 from empo2.assemble import Parts, assemble
-from empo2.cli import _recipe_values
 from empo2.config import Config
 from empo2.run import RunFolder
 from empo2.train import train
@@ -22,7 +21,7 @@ class Silent:
 
 
 def smoke(*overrides: tuple[str, Any]) -> Config:
-    return config.from_dict(config.with_overrides(_recipe_values("smoke"), overrides))
+    return config.from_dict(config.with_overrides(config.read_recipe("smoke"), overrides))
 
 
 def run_training(

@@ -14,7 +14,8 @@ LAYERS = [
     {"attention", "models", "store", "memory", "novelty", "embed", "envs", "sampler", "learner"},  # owners of state
     {"episode", "examples", "collect", "run", "algorithms"},
     {"update", "metrics", "precision", "assemble", "doctor"},
-    {"train", "evaluate", "display"},
+    {"train", "evaluate", "display", "report"},
+    {"warmup", "experiment"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -223,7 +223,7 @@ def test_light_commands_import_nothing_heavy():
         "import sys, empo2, empo2.cli, empo2.config\n"
         "try: empo2.cli.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "empo2.config.from_dict(empo2.cli._recipe_values('smoke'))\n"
+        "empo2.config.from_dict(empo2.config.read_recipe('smoke'))\n"
         "heavy = {'torch', 'transformers', 'numpy', 'py4j', 'rich'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

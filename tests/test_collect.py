@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from empo2.assemble import Parts, assemble
+from empo2.assemble import Parts, assemble, preflight
 from empo2.collect import CollectRules
-from empo2.errors import EpisodeDiverged, UsageError
+from empo2.errors import ConfigError, EpisodeDiverged, UsageError
+from empo2.memory import NewTip, scope_of
 from empo2.types import EpisodeKey, EpisodePlan, Mode, Task, Trajectory
 from runs import smoke
 
@@ -81,7 +82,7 @@ def test_a_replay_that_differs_begins_the_episode_again_with_the_same_draws(part
 
 
 def test_a_first_prompt_that_does_not_fit_is_refused(parts: Parts):
-    parts.collector._prompt_rules = replace(parts.collector._prompt_rules, max_tokens=40)
+    parts.collector.prompt_rules = replace(parts.collector.prompt_rules, max_tokens=40)
     with pytest.raises(UsageError, match=r"leaves no room for an action within model.max_tokens = 40"):
         parts.collector.collect(plans(1), RULES)
 
@@ -92,3 +93,35 @@ def test_tokens_and_time_are_counted(parts: Parts):
     assert counters.action_tokens == sum(len(turn.completion.token_ids) for t in found for turn in t.turns)
     assert counters.tip_tokens == sum(t.tip_tokens for t in found) > 0
     assert counters.tip_seconds > 0
+
+
+OTHER = [("memory.source", "other"), ("memory.threshold", -1.0), ("env.variations", [0, 1, 2])]
+
+
+@pytest.mark.parametrize("parts", [OTHER], indirect=True)
+def test_tips_of_another_task_are_shown_where_the_control_asks_for_them(parts: Parts):
+    """Each training task is shown what the next one stored, the last one what the first stored."""
+    tasks = parts.train_tasks
+    for index, task in enumerate(tasks):
+        key = parts.embedder.embed([f"state {index}"])[0]
+        text = f"Tip of {task.variation}."
+        new = NewTip(
+            scope=scope_of(task, "variation"),
+            key=key,
+            state="",
+            text=text,
+            score=1.0,
+            source=EpisodeKey(1, index, 0),
+            turn=0,
+        )
+        parts.memory.commit(1, [new])
+    shown = [EpisodePlan(task=task, mode=Mode.DISTILL, key=EpisodeKey(2, i, 0)) for i, task in enumerate(tasks)]
+    found = parts.collector.collect(shown, RULES)
+    assert [t.turns[0].tips[0].text for t in found] == ["Tip of 1.", "Tip of 2.", "Tip of 0."]
+
+
+@pytest.mark.parametrize("change", [("env.variations", [0]), ("memory.scope", "name")], ids=str)
+def test_the_control_needs_two_memories(change):
+    for attempt in (preflight, lambda recipe: assemble(recipe, ":memory:", with_learner=False)):
+        with pytest.raises(ConfigError, match="needs tasks with memories of their own"):
+            attempt(smoke(("memory.source", "other"), change))

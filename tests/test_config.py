@@ -8,7 +8,7 @@ import tomli_w
 
 from empo2 import config
 from empo2.algorithms import algorithm
-from empo2.cli import recipe_folder, shipped_recipes
+from empo2.config import recipe_folder, shipped_recipes
 from empo2.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from empo2 import cli, config
-from empo2.cli import recipe_folder
+from empo2.config import recipe_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,7 +31,7 @@ def test_commands_in_the_docs_can_be_parsed(page: Path):
         else:
             parsed = cli.parser().parse_args(words[1:])
             recipe = getattr(parsed, "recipe", None)
-            assert recipe in (None, "mine.toml", *cli.shipped_recipes()) or (ROOT / recipe).exists(), command
+            assert recipe in (None, "mine.toml", *config.shipped_recipes()) or (ROOT / recipe).exists(), command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

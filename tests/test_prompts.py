@@ -126,7 +126,8 @@ EPISODE = trajectory(turn("go hall", STATES[0]), turn("jump", STATES[1], valid=F
 
 
 def test_suffix_action_is_what_was_done_in_that_turn():
-    assert prompts.tip_suffix(EPISODE, EPISODE.turns[1], "action") == "Action taken here: jump."
+    assert prompts.tip_suffix(EPISODE, EPISODE.turns[1], "action") == "Action taken in the long hall: jump."
+    assert prompts.tip_suffix(EPISODE, EPISODE.turns[2], "action") == "Action taken here: take coin."
     assert prompts.tip_suffix(EPISODE, turn(""), "action") == ""
 
 

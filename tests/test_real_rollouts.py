@@ -9,9 +9,8 @@ import torch
 from empo2 import models, sequences
 from empo2.assemble import Parts, assemble
 from empo2.chat import ChatFormat
-from empo2.cli import _recipe_values
 from empo2.collect import CollectRules
-from empo2.config import from_dict, with_overrides
+from empo2.config import from_dict, read_recipe, with_overrides
 from empo2.episode import LiveEpisode
 from empo2.memory import Retrieval
 from empo2.train import new_tips
@@ -28,7 +27,7 @@ def make_parts(dtype: str) -> Parts:
     changes = [("env.live", 4), ("env.max_turns", TURNS), ("memory.max_tip_tokens", 800), ("memory.suffix", "action")]
     changes += [("memory.rank", "similarity"), ("memory.k", 1)]  # another state, another tip: in late turns, too
     changes += [("model.sampler_dtype", dtype), ("model.trainer_dtype", dtype)]
-    return assemble(from_dict(with_overrides(_recipe_values("default"), changes)), ":memory:", with_learner=True)
+    return assemble(from_dict(with_overrides(read_recipe("default"), changes)), ":memory:", with_learner=True)
 
 
 def collect(parts: Parts, step: int, mode: Mode) -> list[Trajectory]:
@@ -44,8 +43,8 @@ def played(request: Any):
     try:
         if request.param == "qwen":
             parts.tokenizer.chat_template = QWEN
-            rules = replace(parts.collector._prompt_rules, chat=ChatFormat.of(parts.tokenizer))
-            parts.collector._prompt_rules = rules
+            rules = replace(parts.collector.prompt_rules, chat=ChatFormat.of(parts.tokenizer))
+            parts.collector.prompt_rules = rules
         first = collect(parts, 1, Mode.PLAIN)
         group = TrajectoryGroup(task=parts.train_tasks[0], trajectories=tuple(first))
         parts.memory.commit(1, new_tips(parts, group))
@@ -57,7 +56,7 @@ def played(request: Any):
 def without_tips(parts: Parts, trajectory: Trajectory) -> list[TokenIds]:
     """Prompts of an episode with the same observations and completions that never saw a tip."""
     plan = EpisodePlan(task=trajectory.task, mode=Mode.PLAIN, key=trajectory.key)
-    rules, examples = parts.collector._prompt_rules, parts.collector._examples.of(trajectory.task)
+    rules, examples = parts.collector.prompt_rules, parts.collector.examples.of(trajectory.task)
     episode = LiveEpisode(plan=plan, slot=0, rules=rules, examples=examples)
     parts.pool.start_reset(0, trajectory.task, 0)
     _, info = parts.pool.receive_reset(0)
@@ -93,7 +92,7 @@ def test_the_rendering_without_tips_is_that_of_an_episode_without_tips(played):
 def test_a_prompt_reads_as_the_tokenizers_own_template_writes_it(played):
     """The whole conversation as text, by the template itself."""
     parts, trajectories = played
-    examples = parts.collector._examples.of(trajectories[0].task)
+    examples = parts.collector.examples.of(trajectories[0].task)
     parts.pool.start_reset(0, trajectories[0].task, 0)
     task_text = parts.pool.receive_reset(0)[1]["task"]
     messages = [{"role": "system", "content": parts.suite.instructions()}]

@@ -233,7 +233,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, package, comma
 
 
 def test_a_java_that_does_not_start_is_a_crash(monkeypatch):
-    monkeypatch.setattr("empo2.envs.scienceworld._JVM_OPTIONS", ("-XX:NoSuchOption",))
+    monkeypatch.setattr("empo2.envs.jvm._DETERMINISTIC", ("-XX:NoSuchOption",))
     with pytest.raises(EnvironmentCrashed, match="java did not start"):
         ScienceWorldEnvironment()
 

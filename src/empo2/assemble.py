@@ -19,7 +19,7 @@ from empo2.episode import PromptRules, tip_room
 from empo2.errors import ConfigError, UsageError
 from empo2.examples import WorkedExamples, gather
 from empo2.learner import Learner
-from empo2.memory import TipMemory
+from empo2.memory import TipMemory, scope_of
 from empo2.novelty import NoveltyCounter
 from empo2.prompts import first_turn, opening
 from empo2.run import available_cores
@@ -51,10 +51,11 @@ class Parts:
 def make_suite(config: Config) -> Suite:
     """The recipe's environment. Raises ConfigError for an unknown environment or task."""
     env = config.env
-    options = (
-        {"simplification": env.simplification, "observation": env.observation} if env.name == "scienceworld" else {}
-    )
-    made = suite(config.env.name, **options)
+    options: dict[str, dict[str, str]] = {
+        "scienceworld": {"simplification": env.simplification, "observation": env.observation},
+        "textworld-express": {"observation": env.observation},
+    }
+    made = suite(env.name, **options.get(env.name, {}))
     check_tasks(made, config.env.tasks)
     return made
 
@@ -102,7 +103,7 @@ def preflight(config: Config) -> None:
 
     algorithm(config)
     environment = make_suite(config)
-    train_tasks(config, environment)
+    _shown_instead(config, train_tasks(config, environment))
     environment.check()
     _device(config)
     if config.model.path not in (models.TINY, *models.WHEELS):
@@ -161,17 +162,9 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
         examples = gather(
             environment, pool, trained, count=config.prompt.examples, max_turns=config.prompt.max_example_turns
         )
-        rules = PromptRules(
-            chat=chat,
-            instructions=environment.instructions(),
-            max_tokens=config.model.max_tokens,
-            max_action_tokens=config.collect.max_action_tokens,
-            window_turns=config.prompt.window_turns if config.prompt.history == "window" else None,
-            tips_stay=config.memory.placement == "history",
-            max_tip_tokens=config.memory.max_tip_tokens,
-            cue=config.prompt.cue,
-        )
+        rules = prompt_rules(config, chat, environment)
         _check_context(rules, examples, trained)
+        shown_instead = _shown_instead(config, trained)
     except BaseException:
         pool.close()
         raise
@@ -183,6 +176,7 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
         rules=rules,
         examples=examples,
         memory_scope=config.memory.scope,
+        shown_instead=shown_instead,
         overlap=config.collect.overlap,
         deterministic=config.collect.deterministic,
         longest=longest,
@@ -202,10 +196,37 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
     )
 
 
+def prompt_rules(config: Config, chat: ChatFormat, environment: Suite) -> PromptRules:
+    """How the recipe's prompts are put together."""
+    return PromptRules(
+        chat=chat,
+        instructions=environment.instructions(),
+        max_tokens=config.model.max_tokens,
+        max_action_tokens=config.collect.max_action_tokens,
+        window_turns=config.prompt.window_turns if config.prompt.history == "window" else None,
+        tips_stay=config.memory.placement == "history",
+        max_tip_tokens=config.memory.max_tip_tokens,
+        cue=config.prompt.cue,
+    )
+
+
 def make_embedder(config: Config, device: str) -> Embedder:
     if config.model.embedder == "hashing":
         return CachedEmbedder(HashingEmbedder())
     return CachedEmbedder(SentenceEmbedder(models.locate(models.MINILM), device=device))
+
+
+def _shown_instead(config: Config, tasks: Sequence[Task]) -> dict[str, str]:
+    """Memory scope → the scope whose tips are shown in its place: with `memory.source = "other"` the next one's."""
+    if config.memory.source == "own":
+        return {}
+    scopes = list(dict.fromkeys(scope_of(task, config.memory.scope) for task in tasks))
+    if len(scopes) < 2:
+        raise ConfigError(
+            'memory.source = "other" needs tasks with memories of their own, but all share one; set memory.source to '
+            "own, memory.scope to variation, or train on more variations"
+        )
+    return dict(zip(scopes, [*scopes[1:], scopes[0]], strict=True))
 
 
 def _check_context(rules: PromptRules, examples: WorkedExamples, tasks: Sequence[Task]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from empo2 import __version__, config
 from empo2.config import Config
-from empo2.errors import ConfigError, Empo2Error, UsageError
+from empo2.errors import Empo2Error, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="train on a recipe",
         description="Train on a recipe: evaluation before, training, evaluation after. Shipped recipes: "
-        + ", ".join(shipped_recipes()),
+        + ", ".join(config.shipped_recipes()),
     )
     train.add_argument(
         "recipe", nargs="?", metavar="RECIPE", help="a .toml file or a shipped recipe (default: default)"
@@ -56,6 +56,16 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run in --run, exactly where it was saved")
     _add_settings(train)
     train.set_defaults(command=_train)
+
+    warmup = commands.add_parser(
+        "warmup",
+        help="teach a model too small to act how to act and how to read tips",
+        description="Imitate random walks in other games than the recipe's ([warmup] in it says how), write the model "
+        "to the recipe's model.path, and measure it.",
+    )
+    warmup.add_argument("recipe", metavar="RECIPE", help="a .toml file or a shipped recipe")
+    _add_settings(warmup)
+    warmup.set_defaults(command=_warmup)
 
     evaluate = commands.add_parser(
         "evaluate", help="evaluate a run or a model", description="Evaluate a run's last checkpoint, or a model."
@@ -75,6 +85,20 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(evaluate)
     evaluate.set_defaults(command=_evaluate)
+
+    experiment = commands.add_parser(
+        "experiment",
+        help="compare algorithms over tasks and seeds",
+        description="Run an experiment file's cells (arms × tasks × seeds of `empo2 train`), some at once, go on where "
+        "an earlier call was stopped, and write the report: results.md, results.json, curves.",
+    )
+    experiment.add_argument("file", type=Path, metavar="FILE", help="a .toml file (docs/experiments.md)")
+    experiment.add_argument("--out", type=Path, metavar="DIR", help="run folders (default: runs/experiment-NAME)")
+    experiment.add_argument("--results", type=Path, metavar="DIR", help="the report (default: OUT/results)")
+    experiment.add_argument("--jobs", type=int, metavar="N", help="cells at once (default: as cores allow)")
+    experiment.add_argument("--arm", action="append", metavar="NAME", help="this arm only (may be repeated)")
+    experiment.add_argument("--report", action="store_true", help="run nothing: only write the report anew")
+    experiment.set_defaults(command=_experiment)
 
     envs = commands.add_parser("envs", help="list environments, their tasks and splits")
     envs.add_argument("name", nargs="?", metavar="NAME", help="one environment only")
@@ -130,27 +154,6 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
             action.metavar_name = name  # type: ignore[attr-defined]
 
 
-def recipe_folder() -> Path:
-    """Where the shipped recipes are: inside an installed package, or beside `src` in a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
-
-
-def shipped_recipes() -> list[str]:
-    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
-
-
-def _recipe_values(recipe: str) -> dict[str, Any]:
-    path = Path(recipe)
-    if path.suffix != ".toml" and not path.is_file():
-        path = recipe_folder() / f"{recipe}.toml"
-        if not path.exists():
-            raise ConfigError(
-                f"there is no recipe {recipe!r}; {config.nearest(recipe, shipped_recipes())} or give a .toml file"
-            )
-    return config.read_toml(path)
-
-
 def _settings(parsed: argparse.Namespace) -> list[tuple[str, Any]]:
     chosen = list(parsed.settings)
     return [*chosen, ("model.path", parsed.model_path)] if parsed.model_path else chosen
@@ -171,7 +174,7 @@ def _train(parsed: argparse.Namespace) -> int:
     if parsed.resume:
         recipe = _resumed_recipe(parsed)
     else:
-        recipe = config.from_dict(config.with_overrides(_recipe_values(name), _settings(parsed)))
+        recipe = config.from_dict(config.with_overrides(config.read_recipe(name), _settings(parsed)))
     from empo2.assemble import assemble, preflight, resolved
     from empo2.display import Display, solved_line, summary
     from empo2.run import RunFolder
@@ -256,6 +259,37 @@ class _StopOnInterrupt:
         self._say("Ctrl-C: the step under way is finished and saved first (once more: end at once)")
 
 
+def _warmup(parsed: argparse.Namespace) -> int:
+    from empo2.display import updates_told
+    from empo2.warmup import warm_up
+
+    _quiet_libraries()
+    recipe = config.from_dict(config.with_overrides(config.read_recipe(parsed.recipe), _settings(parsed)))
+    with updates_told(recipe.warmup.updates) as told:
+        note = warm_up(recipe, told)
+    print(f"warmed model: {recipe.model.path}")
+    print(f"score on the recipe's tasks: {note['score']:.4f} ({note['episodes']} episodes without tips)")
+    print(
+        f"other games: {note['others_without_tips_score']:.3f} without tips, {note['others_with_tips_score']:.3f} with "
+        f"the tips of a walk to the goal ({note['others_with_tips_episodes']} episodes each)"
+    )
+    return 0
+
+
+def _experiment(parsed: argparse.Namespace) -> int:
+    from empo2 import experiment
+
+    _quiet_libraries()
+    plan = experiment.load(parsed.file)
+    out = parsed.out or Path("runs") / f"experiment-{plan.name}"
+    results = parsed.results or out / "results"
+    if parsed.report:
+        experiment.report(plan, out, results)
+        print(f"report: {results / 'results.md'}")
+        return 0
+    return experiment.run(plan, out, results, parsed.jobs, parsed.arm, lambda text: print(text, flush=True))
+
+
 def _evaluate(parsed: argparse.Namespace) -> int:
     from empo2.assemble import assemble, preflight
     from empo2.evaluate import evaluate_split
@@ -268,7 +302,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     run = None
     if (folder / "config.toml").exists():
         run = RunFolder.open(folder)
-        values = _recipe_values(parsed.recipe) if parsed.recipe else config.to_dict(run.config())
+        values = config.read_recipe(parsed.recipe) if parsed.recipe else config.to_dict(run.config())
         checkpoints = run.checkpoints()
         if not checkpoints:
             raise UsageError(
@@ -278,7 +312,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     else:
         if parsed.memory == "run":
             raise UsageError(f"{parsed.subject} is a model, not a run, and has no memory; leave out --memory run")
-        values = _recipe_values(parsed.recipe or "default")
+        values = config.read_recipe(parsed.recipe or "default")
         overrides = [("model.path", parsed.subject), *overrides]
     recipe = config.from_dict(config.with_overrides(values, overrides))
     _positive("--episodes", parsed.episodes)

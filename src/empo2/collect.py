@@ -7,7 +7,7 @@ other half's actions are sampled. Which episodes share a batch depends on the pl
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from empo2 import streams
@@ -24,6 +24,7 @@ from empo2.types import (
     Sampler,
     SampleRequest,
     SamplingParams,
+    Task,
     TokenIds,
     Trajectory,
 )
@@ -57,7 +58,7 @@ class Collector:
     """Runs episodes in ``pool`` with ``sampler``; reads ``memory`` and writes nothing.
 
     ``overlap``: two halves in turn. ``deterministic``: which episodes share a batch never depends on the clock.
-    ``longest``: the model's context.
+    ``shown_instead``: memory scope → the one whose tips are shown in its place; ``longest``: the model's context.
     """
 
     def __init__(
@@ -70,14 +71,15 @@ class Collector:
         rules: PromptRules,
         examples: WorkedExamples,
         memory_scope: Scope,
+        shown_instead: Mapping[str, str] | None = None,
         overlap: bool,
         deterministic: bool = True,
         longest: int,
     ) -> None:
         self.sampler, self.pool = sampler, pool
         self._memory, self._embedder = memory, embedder
-        self._prompt_rules, self._examples = rules, examples
-        self._scope, self._longest = memory_scope, longest
+        self.prompt_rules, self.examples, self.longest = rules, examples, longest
+        self._scope, self._shown_instead = memory_scope, shown_instead or {}
         self._overlap, self._deterministic = overlap, deterministic
         self.counters = CollectCounters()
         self.on_episode: Callable[[int, int], None] = lambda done, total: None  #: told after each episode
@@ -121,7 +123,7 @@ class Collector:
 
     def _start(self, plan: EpisodePlan, slot: int, rules: CollectRules) -> LiveEpisode:
         self.pool.start_reset(slot, plan.task, self._seed(plan, rules))
-        return LiveEpisode(plan=plan, slot=slot, rules=self._prompt_rules, examples=self._examples.of(plan.task))
+        return LiveEpisode(plan=plan, slot=slot, rules=self.prompt_rules, examples=self.examples.of(plan.task))
 
     def _seed(self, plan: EpisodePlan, rules: CollectRules) -> int:
         """One seed for the whole group: its episodes differ by what the policy does, not by the environment."""
@@ -147,7 +149,7 @@ class Collector:
         shown = [episode for episode in episodes if episode.plan.mode.shows_tips]
         vectors = self._embedder.embed([episode.state for episode in shown])
         found = {
-            episode.slot: self._memory.retrieve(scope_of(episode.plan.task, self._scope), vector)
+            episode.slot: self._memory.retrieve(self._scope_shown(episode.plan.task), vector)
             for episode, vector in zip(shown, vectors, strict=True)
         }
         requests = []
@@ -158,15 +160,19 @@ class Collector:
             elif not episode.turns:
                 raise UsageError(
                     f"the first prompt of {episode.plan.task} leaves no room for an action within model.max_tokens = "
-                    f"{self._prompt_rules.max_tokens}; raise it, or lower prompt.examples"
+                    f"{self.prompt_rules.max_tokens}; raise it, or lower prompt.examples"
                 )
         return requests
+
+    def _scope_shown(self, task: Task) -> str:
+        own = scope_of(task, self._scope)
+        return self._shown_instead.get(own, own)
 
     def _act(self, requests: Sequence[tuple[LiveEpisode, TokenIds]], rules: CollectRules) -> None:
         """Sample one action for each episode and send it on its way."""
         params = SamplingParams(
             temperature=rules.temperature,
-            max_tokens=self._prompt_rules.max_action_tokens,
+            max_tokens=self.prompt_rules.max_action_tokens,
             seed=rules.seed,
             purpose=f"{rules.purpose}/token",
         )
@@ -192,7 +198,7 @@ class Collector:
                 seed=rules.seed,
                 purpose=f"{rules.purpose}/tip",
             )
-            room = self._longest - rules.tip_tokens
+            room = self.longest - rules.tip_tokens
             requests = [
                 SampleRequest(slot=episode.slot, prompt=episode.tip_prompt(room), stream=(*episode.plan.key,))
                 for episode in ended

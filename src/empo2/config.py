@@ -1,7 +1,7 @@
 """Every knob of a run: frozen dataclasses; the docstring below a field is its help text. Standard library only.
 
 A recipe is a TOML file with one table per section (`recipes/*.toml`); nothing is inherited, what a recipe leaves out
-takes the default given here. `load_recipe` and `apply_overrides` refuse unknown keys and suggest the nearest;
+takes the default given here. `from_dict` refuses unknown keys and suggests the nearest;
 `Config.check` refuses impossible combinations before anything starts.
 """
 
@@ -56,9 +56,9 @@ class EnvConfig:
     simplification: str = "easy"
     """ScienceWorld's simplification preset."""
     observation: Literal["reply", "room"] = "reply"
-    """What ScienceWorld shows after an action. reply: the simulator's reply (the paper); room: also the room, when it
-    changed or the action was not known (looking is free there), less what is the same in every room ("the agent",
-    "air", open doors); small models then act on what they see."""
+    """What ScienceWorld and TextWorld-Express show after an action. reply: the simulator's reply (the paper); room:
+    also the room, when it changed or the action was not known (looking is free there), less what is the same in every
+    room ("the agent", "air", open doors; in Coin Collector the furniture); small models then act on what they see."""
     reward_scale: float = 0.01
     """Factor from the environment's reward to the learning signal (ScienceWorld's scores reach 100)."""
 
@@ -117,6 +117,9 @@ class MemoryConfig:
     """Entries per scope; the oldest are evicted."""
     scope: Literal["variation", "name", "all"] = "variation"
     """Which tasks share entries: the same variation (the paper), the same task name, or all."""
+    source: Literal["own", "other"] = "own"
+    """Whose entries are shown: those of the task's scope, or of the next training task's (a control: tips that must
+    not help)."""
     entries: Literal["turn", "final"] = "turn"
     """One entry per turn under that turn's state (the paper), or one under the final state."""
     suffix: Literal["action", "actions", "state_actions"] = "action"
@@ -224,6 +227,35 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmupConfig:
+    base: str = "smollm2-135m-instruct"
+    """`empo2 warmup` starts from this model and writes the warmed one to `model.path`; `new-words`: a new transformer
+    of 0.1 million parameters with one token a word, for toys."""
+    updates: int = 200
+    """Optimiser updates."""
+    batch: int = 16
+    """Episodes to imitate per update."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    last_layers: int = 0
+    """Only so many of the last transformer layers learn; 0: all."""
+    tasks: tuple[str, ...] = ()
+    """Task names whose other variations are walked in; empty: those of `env.tasks`."""
+    first_variation: int = 0
+    """Train variations below this number are not walked in: they are kept to choose tasks from."""
+    tips: float = 0.5
+    """Share of episodes in which the tips of a walk to the goal are shown and followed."""
+    faithful: float = 0.9
+    """Probability with which a shown tip is followed; otherwise the action is random."""
+    max_score: float = 0.15
+    """A warmed policy that scores more on the recipe's own tasks is refused: they would show nothing."""
+    episodes: int = 64
+    """Episodes of each of the recipe's tasks that measure that score."""
+    readers: int = 16
+    """Other games in which reading tips is measured, 4 episodes each with tips and without."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     algorithm: str = "empo2"
     """`empo2` or `grpo` (empo2 without tips and without novelty)."""
@@ -255,6 +287,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
 
     def check(self) -> None:
         """Raise ConfigError for the first value or combination that cannot work."""
@@ -274,7 +307,12 @@ def _rules(config: Config) -> Iterator[_Rule]:
         c.collect.group_size >= 2,
         f"group_size must be at least 2 to compare trajectories, got {c.collect.group_size}; set collect.group_size",
     )
-    for name, value in (("modes.p", c.modes.p), ("modes.q", c.modes.q)):
+    for name, value in (
+        ("modes.p", c.modes.p),
+        ("modes.q", c.modes.q),
+        ("warmup.tips", c.warmup.tips),
+        ("warmup.faithful", c.warmup.faithful),
+    ):
         yield _Rule(0 <= value <= 1, f"{name} is a probability and must lie in 0…1, got {value}; set {name}")
     for name, value in (("memory.threshold", c.memory.threshold), ("novelty.threshold", c.novelty.threshold)):
         yield _Rule(-1 <= value <= 1, f"{name} is a cosine and must lie in -1…1, got {value}; set {name}")
@@ -307,6 +345,8 @@ _SMALLEST: dict[str, float] = {
     "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.eps": 0, "learner.max_grad_norm": 0,
     "learner.mini_batch": 0, "learner.last_layers": 0, "learner.micro_batch_tokens": 1,
     "eval.every": 0, "eval.num_variations": 0, "eval.train_variations": 0, "eval.episodes": 1, "eval.temperature": 0,
+    "warmup.updates": 1, "warmup.batch": 1, "warmup.lr": 0, "warmup.last_layers": 0, "warmup.episodes": 1,
+    "warmup.readers": 1, "warmup.first_variation": 0,
 }  # fmt: skip
 
 
@@ -411,6 +451,26 @@ def _plain(value: Any) -> Any:
     if value is None:
         return "none"
     return list(value) if isinstance(value, tuple) else value
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside `src` in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+def read_recipe(name: str, folder: Path = Path()) -> dict[str, Any]:
+    """The raw tables of a recipe: a .toml file (paths are relative to ``folder``) or a shipped one's name."""
+    path = folder / name
+    if path.suffix != ".toml" and not path.is_file():
+        path = recipe_folder() / f"{name}.toml"
+        if not path.exists():
+            raise ConfigError(f"there is no recipe {name!r}; {nearest(name, shipped_recipes())} or give a .toml file")
+    return read_toml(path)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere, a table at the end."""
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -55,13 +57,36 @@ class Display:
         self._progress.update(self._task, completed=step, left=left)
 
 
+@contextlib.contextmanager
+def updates_told(total: int) -> Iterator[Callable[[int], None]]:
+    """A live bar in a terminal, elsewhere a line every tenth of the way; the function is told the updates done."""
+    console = Console(highlight=False)
+    with Progress(
+        TextColumn("[bold]update"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=total)
+
+        def told(done: int) -> None:
+            progress.update(task, completed=done)
+            if not console.is_terminal and (done * 10 // total) > ((done - 1) * 10 // total):
+                console.print(f"update {done} of {total}")
+
+        yield told
+
+
 def step_line(step: int, total: int, result: dict[str, Any], left: str) -> str:
     """One training step in one line."""
     modes = "/".join(str(result[f"mode_{mode}"]) for mode in ("plain", "with_tips", "distill"))
     rate = result["tokens_sampled"] / max(result["seconds_collect"] + result["seconds_tips"], 1e-9)
     parts = [
         f"step {step}/{total}",
-        f"score {result['score_mean']:.1f}",
+        f"score {score(result['score_mean'])}",
         f"success {result['success_rate']:.0%}",
         f"valid {result['valid_action_rate']:.0%}",
         f"novelty {result['novelty_mean']:.2f}",
@@ -80,7 +105,7 @@ def evaluation_line(result: dict[str, Any]) -> str:
     for name, label in (("eval_", "unseen"), ("eval_train_", "trained")):
         if f"{name}episodes" in result:
             parts.append(
-                f"{label} variations: score {result[f'{name}score_mean']:.1f}, success "
+                f"{label} variations: score {score(result[f'{name}score_mean'])}, success "
                 f"{result[f'{name}success_rate']:.0%}, valid {result[f'{name}valid_action_rate']:.0%} "
                 f"({result[f'{name}episodes']} episodes)"
             )
@@ -120,7 +145,14 @@ def solved_line(steps: list[dict[str, Any]]) -> str:
 
 
 def _compared(before: float, after: float, scale: int) -> tuple[str, str, str]:
+    if scale == 1:
+        return score(before), score(after), f"{'+' if after >= before else ''}{score(after - before)}"
     return f"{before * scale:.1f}", f"{after * scale:.1f}", f"{(after - before) * scale:+.1f}"
+
+
+def score(value: float) -> str:
+    """One decimal, or two where scores are as small as 0…1."""
+    return f"{value:.2f}" if abs(value) <= 1 else f"{value:.1f}"
 
 
 def duration(seconds: float) -> str:

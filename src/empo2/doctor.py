@@ -70,7 +70,7 @@ def _scienceworld() -> Iterator[Finding]:
     version = package_version("scienceworld")
     remedy = "" if version else "pip install 'empo2[scienceworld]'"
     yield Finding(part="ScienceWorld", found=version or "missing", remedy=remedy, needed=False)
-    from empo2.envs.scienceworld import java_executable
+    from empo2.envs.jvm import java_executable
 
     try:
         java = java_executable()

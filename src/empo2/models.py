@@ -5,6 +5,7 @@ kept under `cache_folder()`, checksums verified.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -12,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from empo2.errors import MissingPart, UsageError
 
+WORDS = "new-words"  #: what a warm-up may start from: a new, small transformer that knows one token a word
 TINY = "tiny-random"  #: a seeded random transformer for tests and the smoke recipe
 
 
@@ -143,7 +146,8 @@ def locate(path: str) -> str:
         return str(folder)
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise MissingPart(
-            f"there is no model {path!r}; model.path is {SMOLLM2}, {TINY}, a local folder, or a hub name (owner/name)"
+            f"there is no model {path!r}; model.path is {SMOLLM2}, {TINY}, a local folder, or a hub name (owner/name); "
+            "a recipe with a [warmup] section has its model made by: empo2 warmup RECIPE"
         )
     return path
 
@@ -157,18 +161,23 @@ def load_tokenizer(path: str) -> Any:
 
 def load_model(path: str, *, dtype: Any, device: str, seed: int = 0) -> Any:
     """The policy of `model.path` with the attention of attention.py; ``seed`` initialises `tiny-random`."""
-    from empo2 import attention
-
-    attention.register()
     if path == TINY:
         model = tiny_model(len(tiny_tokenizer()), seed)
     else:
         model = _from_pretrained("AutoModelForCausalLM", path, dtype=dtype)
+    return with_own_attention(model).to(device=device, dtype=dtype)
+
+
+def with_own_attention(model: Any) -> Any:
+    """The model with the attention of attention.py. Raises UsageError if its architecture takes none."""
+    from empo2 import attention
+
+    attention.register()
     try:
         model.set_attn_implementation(attention.NAME)
     except ValueError as error:
-        raise UsageError(f"the architecture of {path} does not take a custom attention function: {error}") from None
-    return model.to(device=device, dtype=dtype)
+        raise UsageError(f"{type(model).__name__} does not take a custom attention function: {error}") from None
+    return model
 
 
 def _from_pretrained(kind: str, path: str, **options: Any) -> Any:
@@ -237,6 +246,23 @@ def tiny_tokenizer() -> Any:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def word_tokenizer(texts: Iterable[str]) -> Any:
+    """A tokenizer with one token for each word and each run of punctuation in the texts; ChatML."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    splitter = pre_tokenizers.Whitespace()
+    said = itertools.chain(("system user assistant",), texts)
+    words = dict.fromkeys(("<unk>", *(word for text in said for word, _ in splitter.pre_tokenize_str(text))))
+    core = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = splitter
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", unk_token="<unk>")
     tokenizer.chat_template = CHATML
     return tokenizer
 

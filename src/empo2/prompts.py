@@ -67,18 +67,23 @@ def tip_suffix(trajectory: Trajectory, at: Turn, kind: str, *, final: bool = Fal
     after the action, not under the one in which it was taken.
     """
     if kind == "action":
-        return f"{'Last action' if final else 'Action taken here'}: {at.action}." if at.action else ""
+        before = "Last action" if final else f"Action taken {place_of(at.state) or 'here'}"
+        return f"{before}: {at.action}." if at.action else ""
     known = [turn for turn in trajectory.turns if turn.valid and turn.action]
     if kind == "actions":
         return f"Actions: {'; '.join(turn.action for turn in known)}." if known else ""
-    pairs = "; ".join(f"{_place(turn.state)}: {turn.action}" for turn in known)
+    pairs = "; ".join(f"{place_of(turn.state) or _words(turn.state)}: {turn.action}" for turn in known)
     return f"Done: {pairs}." if pairs else ""
 
 
-def _place(state: str) -> str:
-    """A few words that name a state: "in the kitchen" where the text says so, else its first words."""
-    named = re.search(r"\b(?:called|in) (?:the )?([\w' -]{1,40}?)[.,\n]", state)
-    return f"in the {named.group(1)}" if named else " ".join(state.split()[:8])
+def place_of(state: str) -> str:
+    """Where a state is, "in the kitchen", if its text says so; else empty."""
+    named = re.search(r"\b(?:called|in) (the )?([\w' -]{1,40}?)[.,\n]", state)
+    return f"in {named.group(1) or ''}{named.group(2)}" if named else ""
+
+
+def _words(state: str) -> str:
+    return " ".join(state.split()[:8])
 
 
 def tip_texts(tips: Sequence[Tip]) -> list[str]:

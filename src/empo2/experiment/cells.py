@@ -1,0 +1,280 @@
+"""Runs an experiment's cells, some at once, each in processes of its own; goes on where an earlier call was stopped.
+
+Below the out folder, for each cell: `seed-11/` (the run folder), `seed-11.toml` (its recipe), `seed-11.log` and
+`seed-11.state.json` (done, or how it failed). Whatever is killed, this call included, a later call goes on: a run that
+is there is resumed, one in which a process of an earlier call still trains is waited for.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from empo2 import config as configs
+from empo2.config import nearest, read_toml
+from empo2.errors import ConfigError, UsageError
+from empo2.experiment.gather import beside, is_busy, is_done, report
+from empo2.experiment.plan import Cell, Experiment, differences
+from empo2.report import curves
+from empo2.run import available_cores
+
+EMPO2 = (sys.executable, "-m", "empo2")
+TIPS = {"none": (), "own": ("--memory", "run"), "other": ("--memory", "run", "--memory.source", "other")}
+ATTEMPTS = 2
+LOG_LINES = 5  #: of a failed cell that are kept
+
+Say = Callable[[str], None]
+
+
+def run(
+    experiment: Experiment, out: Path, results: Path, jobs: int | None, arms: Sequence[str] | None, say: Say
+) -> int:
+    """Run what is not done yet, then make the report; the exit status: 0 all done, 1 some cell failed, 130 interrupted.
+
+    ``jobs`` cells at once (None: as many as the cores allow), ``arms`` only (None: all). On Ctrl-C each cell under way
+    finishes its step and saves. Cells that failed in an earlier call are tried again. Raises UsageError (ConfigError,
+    MissingPart) before the first cell runs.
+    """
+    curves.require()
+    cells = [cell for cell in experiment.cells if not arms or cell.arm in arms]
+    for arm in arms or ():
+        if arm not in experiment.seeds:
+            raise UsageError(f"there is no arm {arm!r}; {nearest(arm, list(experiment.seeds))}")
+    at_once = max(1, available_cores() // experiment.threads) if jobs is None else jobs
+    if at_once < 1:
+        raise UsageError(f"--jobs must be at least 1, got {jobs}")
+    with _alone_in(out):
+        _check_unchanged(cells, out)
+        _prepare(cells, out, say)
+        status = _run_cells(experiment, cells, out, at_once, say)
+    report(experiment, out, results)
+    say(f"report: {results / 'results.md'}")
+    return status
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the out folder for this call."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"the out folder {out} cannot be made ({error.strerror}); choose another --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another experiment runs in {out}; let it end, or choose another --out") from None
+        yield
+
+
+def _check_unchanged(cells: Sequence[Cell], out: Path) -> None:
+    """Refuse to mix runs of the file as it is with runs of the file as it was."""
+    for cell in cells:
+        path = out / cell.place / "config.toml"
+        if path.exists() and (changed := differences(cell.recipe, read_toml(path))):
+            raise ConfigError(
+                f"{out / cell.place} ran with {', '.join(changed)}; delete it, choose another --out, or change the "
+                "experiment file back"
+            )
+
+
+def _prepare(cells: Sequence[Cell], out: Path, say: Say) -> None:
+    """Refuse what cannot run, fetch models that are missing, write each cell's recipe.
+
+    The precision that a recipe leaves to the machine is chosen here, while no cell keeps the machine busy.
+    """
+    from empo2 import models
+    from empo2.assemble import needed_models, preflight, resolved
+
+    for recipe in {(cell.task, cell.arm): cell.recipe for cell in cells}.values():
+        preflight(recipe)
+        for name in needed_models(recipe):
+            say(f"fetching {name} (once) …")
+            models.fetch(name)
+    for cell in cells:
+        path = beside(out / cell.place, ".toml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(tomli_w.dumps(configs.to_dict(resolved(cell.recipe))), encoding="utf-8")
+
+
+def _run_cells(experiment: Experiment, cells: Sequence[Cell], out: Path, jobs: int, say: Say) -> int:
+    todo = [cell for cell in cells if not _is_complete(cell, out / cell.place)]
+    threads = experiment.threads
+    say(
+        f"{len(cells)} cells, {len(cells) - len(todo)} of them done; {jobs} at once, {threads} thread(s) each; in {out}"
+    )
+    children = Children(threads)
+    states: list[str] = []
+    with ThreadPoolExecutor(jobs) as pool, _interrupts() as asked:
+        futures = {pool.submit(run_cell, experiment, cell, out / cell.place, children): cell for cell in todo}
+        try:
+            pending: set[Future[str]] = set(futures)
+            while pending:
+                ended, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+                for future in sorted(ended, key=lambda f: todo.index(futures[f])):
+                    states.append(future.result())
+                    _tell(futures[future], out, states, len(todo), say)
+                while children.interrupts < len(asked):
+                    if not children.interrupts:
+                        say("stopping: the steps under way are finished and saved first (once more: end at once)")
+                    children.interrupt()
+        except BaseException:
+            children.interrupt()
+            raise
+    for cell in cells:
+        if not experiment.keep_checkpoints and _is_complete(cell, out / cell.place):
+            shutil.rmtree(out / cell.place / "checkpoints", ignore_errors=True)  # left by a call that was killed
+    return 130 if "stopped" in states else int("failed" in states)
+
+
+def _is_complete(cell: Cell, folder: Path) -> bool:
+    """Done, evaluations included: those may have been asked for later."""
+    return is_done(folder) and (not cell.evaluates_tips or set(_tips(folder)) == set(TIPS))
+
+
+def _tell(cell: Cell, out: Path, states: Sequence[str], total: int, say: Say) -> None:
+    ended = sum(state != "stopped" for state in states)
+    if states[-1] != "stopped":
+        where = f"; see {beside(out / cell.place, '.log')}" if states[-1] == "failed" else ""
+        say(f"[{ended}/{total}] {cell}: {states[-1]}{where}")
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C and termination are noted in a list instead of ending this process."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda received, _: asked.append(received))
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Children:
+    """The processes of the cells under way. Threads call; the main thread interrupts."""
+
+    def __init__(self, threads: int) -> None:
+        count = str(threads)
+        self._environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONUNBUFFERED": "1"}
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self.interrupts = 0
+
+    def call(self, arguments: Sequence[str], log: Path, *, output: Path | None = None) -> bool:
+        """Run `empo2` with arguments; whether it ended well. What it prints is added to the log, or to ``output``.
+
+        In a session of its own, so that a terminal's Ctrl-C reaches it through `interrupt` only. After an interrupt
+        nothing is started any more.
+        """
+        with log.open("ab") as told, output.open("wb") if output else contextlib.nullcontext(told) as printed:
+            with self._lock:
+                if self.interrupts:
+                    return False
+                told.write(f"$ empo2 {' '.join(arguments)}\n".encode())
+                told.flush()
+                process = subprocess.Popen(
+                    [*EMPO2, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=printed,
+                    stderr=told,
+                    env=self._environment,
+                    start_new_session=True,
+                )
+                self._running.add(process)
+            try:
+                return process.wait() == 0
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does: once, trainings finish their step and save; twice, they end at once."""
+        with self._lock:
+            self.interrupts += 1
+            for process in self._running:
+                process.send_signal(signal.SIGINT)
+
+
+def run_cell(experiment: Experiment, cell: Cell, folder: Path, children: Children) -> str:
+    """Train a cell and evaluate it; "finished", "failed" (after a second attempt) or "stopped"."""
+    state, log = beside(folder, ".state.json"), beside(folder, ".log")
+    if not is_done(folder):
+        state.unlink(missing_ok=True)
+    for _ in range(ATTEMPTS):
+        if _train(cell, folder, log, children) and _evaluate(experiment, cell, folder, log, children):
+            _write(state, {"done": True})
+            if not experiment.keep_checkpoints:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            return "finished"
+        if children.interrupts:
+            return "stopped"
+    _write(state, {"done": is_done(folder), "failed": last_lines(log)})  # done: only the evaluations failed
+    return "failed"
+
+
+def _train(cell: Cell, folder: Path, log: Path, children: Children) -> bool:
+    """Begin or go on. A process of an earlier call that was killed may still train here: it is waited for."""
+    if is_done(folder):
+        return True
+    while is_busy(folder):
+        if children.interrupts:
+            return False
+        time.sleep(0.5)
+    if (folder / "config.toml").exists():
+        return children.call(["train", "--resume", "--run", str(folder)], log)
+    return children.call(["train", str(beside(folder, ".toml")), "--run", str(folder)], log)
+
+
+def _evaluate(experiment: Experiment, cell: Cell, folder: Path, log: Path, children: Children) -> bool:
+    """Evaluate on the trained variations with no tips, its own and another task's, into tips.json."""
+    if not cell.evaluates_tips:
+        return True
+    env = cell.recipe.env
+    common = ["evaluate", str(folder), "--split", "train", "--json"]
+    common += ["--variations", str(len(env.variations) or env.num_variations)]
+    common += ["--episodes", str(experiment.tips_episodes)]
+    output = beside(folder, ".tips.json")
+    for name, flags in TIPS.items():
+        found = _tips(folder)
+        if name in found:
+            continue
+        if not children.call([*common, *flags], log, output=output):
+            return False
+        _write(folder / "tips.json", found | {name: json.loads(output.read_text(encoding="utf-8").splitlines()[-1])})
+    output.unlink(missing_ok=True)
+    return True
+
+
+def _tips(folder: Path) -> dict[str, Any]:
+    path = folder / "tips.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
+
+
+def _write(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    scratch = path.with_name(f".{path.name}.writing")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def last_lines(log: Path) -> list[str]:
+    """The last lines of a log that hold something."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-LOG_LINES:]

@@ -1,0 +1,183 @@
+"""Run folders → the results folder, and records for the report from either.
+
+A finished cell's small files are copied to `cells/TASK/ARM/seed-N` of the results, so that the report can be made again
+when the run folders are gone. A run folder that is there counts, not its copy.
+"""
+
+import datetime
+import gzip
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from empo2 import report as reports
+from empo2.config import read_toml
+from empo2.errors import UsageError
+from empo2.experiment.plan import Cell, Experiment, differences
+from empo2.report import curves
+from empo2.report.records import Record, State, Study
+from empo2.run import RunFolder
+
+
+def report(experiment: Experiment, out: Path, results: Path) -> None:
+    """Make the results folder from what is there: copies of finished cells, results.{md,json}, figures.
+
+    May be called while cells run. Raises MissingPart without matplotlib, CheckpointError for a damaged file.
+    """
+    curves.require()
+    for cell in experiment.cells:
+        _copy(cell, out / cell.place, results / "cells" / cell.place)
+    reports.write(study(experiment, out, results), results)
+
+
+def study(experiment: Experiment, out: Path, results: Path) -> Study:
+    """The experiment with a record of each cell."""
+    steps: dict[str, int] = {}
+    for cell in experiment.cells:
+        steps[cell.arm] = max(steps.get(cell.arm, 0), cell.recipe.train.steps)
+    return Study(
+        name=experiment.name,
+        measure=experiment.measure,
+        compare=experiment.compare,
+        ratio_from=experiment.ratio_from,
+        tasks=experiment.tasks,
+        seeds=experiment.seeds,
+        threads=experiment.threads,
+        steps=steps,
+        command=f"empo2 experiment {shlex.quote(_shown(experiment.path))}",
+        records=tuple(record(cell, out, results) for cell in experiment.cells),
+    )
+
+
+def _shown(path: Path) -> str:
+    """As it was given, without the folders of the machine."""
+    return path.name if path.is_absolute() else str(path)
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """A file next to a cell's run folder: seed-11 → seed-11.log."""
+    return folder.with_name(folder.name + suffix)
+
+
+def failure(folder: Path) -> list[str]:
+    """The last lines of the log of a cell that failed; empty for others."""
+    return list(_json(beside(folder, ".state.json")).get("failed", []))
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a cell and its evaluations have been done in an out folder."""
+    return bool(_json(beside(folder, ".state.json")).get("done"))
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether some process trains in a run folder."""
+    if not (folder / "config.toml").exists():
+        return False
+    try:
+        with RunFolder(folder).locked():
+            return False
+    except UsageError:
+        return True
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a run folder, or its copy, holds the last step and the evaluation after it."""
+    if not (folder / "config.toml").exists():
+        return False
+    steps = read_toml(folder / "config.toml")["train"]["steps"]
+    return all(lines and lines[-1]["step"] == steps for lines in (_metrics(folder), RunFolder(folder).evaluations()))
+
+
+def record(cell: Cell, out: Path, results: Path) -> Record:
+    """What is known of a cell: from its run folder, else from the copy in the results."""
+    own, copy = out / cell.place, results / "cells" / cell.place
+    here = (own / "config.toml").exists() or bool(failure(own))
+    folder = own if here else copy
+    lines = failure(own) if here else list(_json(copy / "failed.json").get("failed", []))
+    if not (folder / "config.toml").exists():
+        return Record(
+            task=cell.task,
+            arm=cell.arm,
+            seed=cell.seed,
+            state="failed" if lines else "not run yet",
+            detail=lines[-1] if lines else "",
+            provenance={},
+        )
+    metrics = _metrics(folder)
+    tips = _json(folder / "tips.json")
+    state, detail = _state(folder, lines, metrics)
+    evaluated = set(tips) >= {"none", "own", "other"}
+    missing = (f"failed: {lines[-1]}" if lines else "not yet") if cell.evaluates_tips and not evaluated else ""
+    return Record(
+        task=cell.task,
+        arm=cell.arm,
+        seed=cell.seed,
+        state=state,
+        detail=detail,
+        metrics=tuple(metrics),
+        evaluations=tuple(RunFolder(folder).evaluations()),
+        tips=tips if evaluated else None,
+        tips_missing=missing,
+        provenance=_provenance(folder),
+        changed=tuple(differences(cell.recipe, read_toml(folder / "config.toml"))),
+    )
+
+
+def _state(folder: Path, failed: list[str], metrics: list[dict[str, Any]]) -> tuple[State, str]:
+    """A run's state and its detail."""
+    if is_trained(folder):
+        return "finished", ""
+    if failed:
+        return "failed", failed[-1]
+    steps = read_toml(folder / "config.toml")["train"]["steps"]
+    step = metrics[-1]["step"] if metrics else 0
+    return "running" if is_busy(folder) else "stopped", f"step {step} of {steps}"
+
+
+def _copy(cell: Cell, folder: Path, target: Path) -> None:
+    """Copy a finished cell's small files, or how it failed."""
+    if lines := failure(folder):
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "failed.json").write_text(json.dumps({"failed": lines}, indent=1) + "\n", encoding="utf-8")
+    elif (folder / "config.toml").exists():
+        (target / "failed.json").unlink(missing_ok=True)
+    if not is_trained(folder):
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.toml", "evaluations.jsonl"):
+        (target / name).write_bytes((folder / name).read_bytes())
+    (target / "run.json").write_text(json.dumps(_provenance(folder), indent=1) + "\n", encoding="utf-8")
+    with (target / "metrics.jsonl.gz").open("wb") as raw, gzip.GzipFile("", mode="wb", fileobj=raw, mtime=0) as file:
+        file.write((folder / "metrics.jsonl").read_bytes())
+    if cell.evaluates_tips and (tips := _json(folder / "tips.json")):
+        kept = {name: {key: value for key, value in found.items() if key != "model"} for name, found in tips.items()}
+        (target / "tips.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """run.json with the day on which it was written, and without the folders of the machine."""
+    path = folder / "run.json"
+    told = _json(path)
+    if told and "date" not in told:
+        told["date"] = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
+    if told.get("command"):
+        told["command"] = ["empo2", *(Path(word).name for word in told["command"][1:])]
+    return told
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """Of a run folder, or of its copy."""
+    copied = folder / "metrics.jsonl.gz"
+    if not copied.exists():
+        return RunFolder(folder).metrics()
+    with gzip.open(copied, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

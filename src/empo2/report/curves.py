@@ -1,0 +1,172 @@
+"""Learning curves and diagnostics as PNG and SVG (matplotlib, imported when something is drawn).
+
+One column a task. An arm keeps its colour everywhere: a thick line is the mean over finished seeds, the shade its 95 %
+interval (t), thin lines are seeds. The same study gives the same bytes on the same version of matplotlib.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from empo2.errors import MissingPart
+from empo2.report.records import Axis, Record, Study, measure_words
+from empo2.report.statistics import Curve, band
+
+#: Okabe and Ito's palette, told apart by colour-blind readers; the compared arms take the first two
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "-", "--", "-.", ":", "--", ":")
+
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": "#666666",
+    "ytick.color": "#666666",
+    "xtick.labelcolor": "#333333",
+    "ytick.labelcolor": "#333333",
+}
+
+DIAGNOSTICS = {
+    "entropy": "entropy (nats a token)",
+    "grad_norm": "gradient norm",
+    "distinct_states": "distinct states seen",
+    "valid_action_rate": "valid actions (share)",
+    "success_rate": "success (share of episodes)",
+}
+
+
+def require() -> None:
+    """Raise MissingPart unless matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingPart(
+            "matplotlib is not installed, and the report's figures need it; run: pip install 'empo2[report]'"
+        )
+
+
+def draw_curves(study: Study, folder: Path) -> None:
+    """curves.png and curves.svg: the measure over episodes, and below it over seconds."""
+    axes: tuple[Axis, ...] = ("episodes", "seconds")
+    rows = [_Row(label=measure_words(study.measure), key=study.measure, axis=axis, evaluated=True) for axis in axes]
+    _draw(study, rows, folder / "curves", height=2.6)
+
+
+def draw_diagnostics(study: Study, folder: Path) -> None:
+    """diagnostics.png and diagnostics.svg: how training went, step by step, over episodes."""
+    rows = [_Row(label=label, key=key, axis="episodes", evaluated=False) for key, label in DIAGNOSTICS.items()]
+    _draw(study, rows, folder / "diagnostics", height=1.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One row of panels: a key of evaluations.jsonl, or of metrics.jsonl, along a budget."""
+
+    label: str
+    key: str
+    axis: Axis
+    evaluated: bool  #: evaluations are few: single seeds are drawn as well
+
+    def curve(self, record: Record) -> Curve:
+        return (record.evaluated if self.evaluated else record.trained)(self.key, self.axis)
+
+
+def _colours(study: Study) -> dict[str, tuple[str, str]]:
+    """Arm → colour and dash; the compared arms first."""
+    arms = [*study.compare, *(arm for arm in study.arms if arm not in study.compare)]
+    return {arm: (PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]) for i, arm in enumerate(arms)}
+
+
+def _draw(study: Study, rows: Sequence[_Row], target: Path, *, height: float) -> None:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = len(study.tasks)
+    style: Any = {**STYLE, "svg.hashsalt": study.name, "svg.fonttype": "path"}
+    with matplotlib.rc_context(style):
+        width = 0.8 + (3.4 if columns > 1 else 5.0) * columns + 0.075 * max(map(len, study.arms))
+        figure = Figure(figsize=(width, height * len(rows) + 0.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        same_x = len({row.axis for row in rows}) == 1
+        panels: Any = figure.subplots(
+            len(rows), columns, squeeze=False, sharey="row", sharex="col" if same_x else "none"
+        )
+        for row, row_panels in zip(rows, panels, strict=True):
+            _draw_row(study, row, row_panels)
+            for panel in row_panels if not same_x or row is rows[-1] else ():
+                panel.set_xlabel(f"training {row.axis}")
+        for panel, task in zip(panels[0], study.tasks, strict=True):
+            panel.set_title(task, loc="left", fontweight="bold", color="#333333", fontsize=10)
+        figure.savefig(target.with_suffix(".png"), dpi=160, metadata={"Software": None})
+        figure.savefig(target.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+
+
+def _draw_row(study: Study, row: _Row, panels: Any) -> None:
+    colours = _colours(study)
+    seen = [0.0]  # heights of lines; shades may leave the picture
+    ends: dict[str, float] = {}  # heights at which the last panel's lines end
+    for panel, task in zip(panels, study.tasks, strict=True):
+        ends = {}
+        for arm, (colour, dash) in reversed(colours.items()):  # the compared arms lie on top
+            for curve in _draw_arm(panel, study, row, task, arm, colour, dash):
+                seen += curve.ys
+                ends[arm] = curve.ys[-1]
+        panel.set_xlim(left=0)
+        panel.margins(x=0.02)
+    panels[0].set_ylabel(row.label)
+    top = max(seen)
+    panels[0].set_ylim(min(seen) * 1.05, top * 1.06 if top > 0 else 1.0)
+    _label(panels[-1], colours, ends)
+
+
+def _draw_arm(panel: Any, study: Study, row: _Row, task: str, arm: str, colour: str, dash: str) -> list[Curve]:
+    """Draw one arm in one panel; the curves that must be in the picture, the mean last."""
+    records = [record for record in study.records if (record.task, record.arm) == (task, arm)]
+    every = [curve for curve in map(row.curve, records) if len(curve.xs) > 1]
+    finished = [curve for curve in map(row.curve, study.finished(task, arm).values()) if curve.xs]
+    if row.evaluated:
+        for curve in every:
+            panel.plot(curve.xs, curve.ys, color=colour, linewidth=0.8, alpha=0.35, linestyle=dash)
+    if not finished:
+        return every if row.evaluated else []
+    found = band(finished)
+    panel.plot(found.xs, found.mean, color=colour, linewidth=2.2, linestyle=dash, solid_capstyle="round")
+    if found.low:
+        panel.fill_between(found.xs, found.low, found.high, color=colour, alpha=0.14, linewidth=0)
+    return [*(every if row.evaluated else []), Curve(found.xs, found.mean)]
+
+
+def _label(panel: Any, colours: dict[str, tuple[str, str]], ends: dict[str, float]) -> None:
+    """Arm names right of the last panel, at the height where their lines end, moved apart where they would touch."""
+    bottom, top = panel.get_ylim()
+    panel_height = panel.get_figure().get_figheight() / max(panel.get_subplotspec().get_gridspec().nrows, 1)
+    gap = 0.19 / panel_height  # of a line of text, as a share of the panel
+    wanted = {arm: (ends.get(arm, bottom) - bottom) / (top - bottom) for arm in colours}
+    order = sorted(colours, key=lambda arm: wanted[arm])
+    heights = spread([wanted[arm] for arm in order], gap)
+    for arm, height in zip(order, heights, strict=True):
+        panel.text(1.02, height, arm, transform=panel.transAxes, color=colours[arm][0], va="center", fontweight="bold")
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights (0…1) moved until neighbours are ``gap`` apart: those that touch stand around their middle."""
+    blocks: list[list[float]] = []  # of wanted heights that touch
+    for height in heights:
+        blocks.append([height])
+        while len(blocks) > 1 and _placed(blocks[-2], gap)[-1] + gap > _placed(blocks[-1], gap)[0]:
+            last = blocks.pop()
+            blocks[-1] = [*blocks[-1], *last]
+    return [height for block in blocks for height in _placed(block, gap)]
+
+
+def _placed(block: Sequence[float], gap: float) -> list[float]:
+    length = gap * (len(block) - 1)
+    begin = max(0.0, min(sum(block) / len(block) - length / 2, 1 - length))
+    return [begin + gap * index for index in range(len(block))]

@@ -1,0 +1,106 @@
+"""What a report is made from: one record a cell, and the study they belong to. Values only, no files."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from empo2.report.statistics import Curve
+
+Axis = Literal["episodes", "tokens", "seconds"]
+
+AXES: tuple[Axis, ...] = ("episodes", "tokens", "seconds")
+
+AXIS_HELP: dict[Axis, str] = {
+    "episodes": "training episodes collected so far",
+    "tokens": "tokens sampled in training (actions and tips) + tokens that went through the model in training "
+    "(behavior log-probs and updates); what the sampler reads again and evaluations are not counted",
+    "seconds": "seconds of training steps; loading the model and evaluations are not counted",
+}
+
+_SPENT: dict[Axis, tuple[str, ...]] = {
+    "episodes": ("num_episodes",),
+    "tokens": ("tokens_sampled", "tokens_computed"),
+    "seconds": ("seconds_total",),
+}
+
+State = Literal["finished", "failed", "running", "stopped", "not run yet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One cell: what its run folder (or the copy in the results) says.
+
+    ``evaluations`` and ``metrics`` are the lines of the run's files, by step; ``tips`` is the content of tips.json
+    (evaluations with own tips, none, and another task's), None where that was not done or not asked for.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    state: State
+    detail: str  #: what the table of missing cells says: "step 7 of 40", the last line of the log
+    metrics: tuple[Mapping[str, Any], ...] = ()
+    evaluations: tuple[Mapping[str, Any], ...] = ()
+    tips: Mapping[str, Mapping[str, Any]] | None = None
+    tips_missing: str = ""  #: why evaluations with tips that were asked for are not there
+    provenance: Mapping[str, Any]
+    changed: tuple[str, ...] = ()  #: settings in which the run differs from the experiment file
+
+    def spent(self, axis: Axis) -> dict[int, float]:
+        """Step → what had been spent after it; step 0 → 0."""
+        total = {0: 0.0}
+        for line in self.metrics:
+            total[line["step"]] = total[line["step"] - 1] + sum(float(line[key]) for key in _SPENT[axis])
+        return total
+
+    def evaluated(self, measure: str, axis: Axis) -> Curve:
+        """The measure of each evaluation, at what had been spent after its step."""
+        spent = self.spent(axis)
+        lines = [line for line in self.evaluations if line["step"] in spent and measure in line]
+        return _finite([spent[line["step"]] for line in lines], [line[measure] for line in lines])
+
+    def trained(self, key: str, axis: Axis) -> Curve:
+        """A key of metrics.jsonl after each step; steps where it is not finite are left out."""
+        spent = self.spent(axis)
+        lines = [line for line in self.metrics if key in line]
+        return _finite([spent[line["step"]] for line in lines], [line[key] for line in lines])
+
+
+def _finite(xs: Sequence[float], ys: Sequence[Any]) -> Curve:
+    """A curve without points that are not numbers (metrics.jsonl holds "nan" and "inf" as text)."""
+    points = [(x, float(y)) for x, y in zip(xs, ys, strict=True) if math.isfinite(float(y))]
+    return Curve(tuple(x for x, _ in points), tuple(y for _, y in points))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """An experiment and its records, as the report needs them."""
+
+    name: str
+    measure: str  #: key of evaluations.jsonl
+    compare: tuple[str, str]  #: arms; differences are the first minus the second
+    ratio_from: float  #: smallest score of the second arm, in the measure's units, for which a ratio is given
+    tasks: tuple[str, ...]
+    seeds: Mapping[str, tuple[int, ...]]  #: arm → planned seeds, in the file's order
+    threads: int  #: of the tensor library, a cell
+    steps: Mapping[str, int]  #: arm → training steps (the most of its tasks)
+    command: str  #: what repeats it
+    records: tuple[Record, ...]
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(self.seeds)
+
+    def finished(self, task: str, arm: str) -> dict[int, Record]:
+        """Seed → record of the finished cells."""
+        return {r.seed: r for r in self.records if (r.task, r.arm, r.state) == (task, arm, "finished")}
+
+
+def measure_words(measure: str) -> str:
+    """`eval_train_score_mean` → "score, trained variations"."""
+    for prefix, which in (("eval_train_", "trained variations"), ("eval_", "unseen variations")):
+        if measure.startswith(prefix):
+            quantity = measure.removeprefix(prefix).removesuffix("_mean").replace("_", " ")
+            return f"{quantity}, {which}"
+    return measure

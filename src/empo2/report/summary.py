@@ -1,0 +1,201 @@
+"""A study → the figures that are reported: scores at equal budgets, differences, tips. Pure.
+
+A budget is the largest that all finished cells of the two compared arms reached, task by task. The score there is read
+from the line between evaluations. What is called final is the last evaluation's, never the best.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from empo2.report.records import AXES, Axis, Record, Study
+from empo2.report.statistics import Curve, Estimate, bootstrap_interval, common_reach, mean_interval, value_at
+
+Place = Literal["episodes", "tokens", "seconds", "final"]
+
+PLACES: tuple[Place, ...] = (*AXES, "final")
+
+Budgets = Mapping[str, Mapping[Axis, float]]  #: task → axis → budget; nothing where no compared cell is finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmScores:
+    """One arm on one task, over its finished seeds. None: no finished seed, or not all of them reached the budget."""
+
+    task: str
+    arm: str
+    num_planned: int
+    num_finished: int
+    before: Estimate | None
+    at: Mapping[Place, Estimate | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """First compared arm minus the second, paired by seed: only seeds that are finished in both."""
+
+    task: str  #: empty: the mean over all tasks
+    place: Place
+    budget: float | None  #: in the place's units; None for final and over all tasks
+    seeds: tuple[int, ...]
+    first: float
+    second: float
+    estimate: Estimate
+    bootstrap: tuple[float, float] | None
+    ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TipsScores:
+    """A trained arm that acts with no tips, its own, or another task's; differences are paired by seed."""
+
+    task: str
+    arm: str
+    none: Estimate
+    own: Estimate
+    other: Estimate
+    own_minus_none: Estimate
+    own_minus_other: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Everything that is reported of one measure."""
+
+    measure: str
+    budgets: Budgets
+    arms: tuple[ArmScores, ...]
+    differences: tuple[Difference, ...]
+    overall: tuple[Difference, ...]  #: over all tasks; empty for a single task
+
+
+def summarize(study: Study, measure: str) -> Summary:
+    """The figures of one measure; cells that are not finished or never evaluated it take no part."""
+    budgets = {task: _budgets(study, task) for task in study.tasks}
+    paired = {task: _paired(study, task, measure, budgets[task]) for task in study.tasks}
+    rows = [_arm_scores(study, task, arm, measure, budgets[task]) for task in study.tasks for arm in study.arms]
+    differences = [
+        _difference(study, task, place, pairs, None if place == "final" else budgets[task][place])
+        for task, places in paired.items()
+        for place, pairs in places.items()
+        if pairs
+    ]
+    return Summary(
+        measure=measure,
+        budgets=budgets,
+        arms=tuple(rows),
+        differences=tuple(differences),
+        overall=tuple(_overall(study, paired)) if len(study.tasks) > 1 else (),
+    )
+
+
+def _budgets(study: Study, task: str) -> dict[Axis, float]:
+    """Of the study's own measure, so that every table stands at the same budgets."""
+    compared = [record for arm in study.compare for record in study.finished(task, arm).values()]
+    found = {axis: common_reach([record.evaluated(study.measure, axis) for record in compared]) for axis in AXES}
+    return {axis: reach for axis, reach in found.items() if reach is not None}
+
+
+def _score(record: Record, measure: str, place: Place, budgets: Mapping[Axis, float]) -> float | None:
+    if place == "final":
+        return _last(record.evaluated(measure, "episodes"))
+    return value_at(record.evaluated(measure, place), budgets[place]) if place in budgets else None
+
+
+def _before(record: Record, measure: str) -> float | None:
+    return next(iter(record.evaluated(measure, "episodes").ys), None)
+
+
+def _last(curve: Curve) -> float | None:
+    return curve.ys[-1] if curve.ys else None
+
+
+def _over_seeds(scores: Sequence[float | None]) -> Estimate | None:
+    """Mean over seeds; None where there are none or one of them has no score."""
+    known = [score for score in scores if score is not None]
+    return mean_interval(known) if known and len(known) == len(scores) else None
+
+
+def _arm_scores(study: Study, task: str, arm: str, measure: str, budgets: Mapping[Axis, float]) -> ArmScores:
+    records = study.finished(task, arm).values()
+    return ArmScores(
+        task=task,
+        arm=arm,
+        num_planned=len(study.seeds[arm]),
+        num_finished=len(records),
+        before=_over_seeds([_before(record, measure) for record in records]),
+        at={place: _over_seeds([_score(r, measure, place, budgets) for r in records]) for place in PLACES},
+    )
+
+
+Pairs = dict[int, tuple[float, float]]  #: seed → scores of the first and the second compared arm
+
+
+def _paired(study: Study, task: str, measure: str, budgets: Mapping[Axis, float]) -> dict[Place, Pairs]:
+    first, second = (study.finished(task, arm) for arm in study.compare)
+    places: dict[Place, Pairs] = {}
+    for place in PLACES:
+        both = {
+            seed: (_score(first[seed], measure, place, budgets), _score(second[seed], measure, place, budgets))
+            for seed in sorted(set(first) & set(second))
+        }
+        places[place] = {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
+    return places
+
+
+def _difference(study: Study, task: str, place: Place, pairs: Pairs, budget: float | None) -> Difference:
+    differences = [a - b for a, b in pairs.values()]
+    first, second = (math.fsum(scores) / len(pairs) for scores in zip(*pairs.values(), strict=True))
+    return Difference(
+        task=task,
+        place=place,
+        budget=budget,
+        seeds=tuple(pairs),
+        first=first,
+        second=second,
+        estimate=mean_interval(differences),
+        bootstrap=bootstrap_interval(differences),
+        ratio=first / second if second >= study.ratio_from and second > 0 and first >= 0 else None,
+    )
+
+
+def _overall(study: Study, paired: Mapping[str, Mapping[Place, Pairs]]) -> list[Difference]:
+    """Each seed's scores averaged over all tasks, then paired by seed; only seeds that are finished everywhere."""
+    found = []
+    for place in PLACES:
+        tasks = [places[place] for places in paired.values()]
+        seeds = sorted(set.intersection(*(set(pairs) for pairs in tasks)))
+        means = {
+            seed: (
+                math.fsum(pairs[seed][0] for pairs in tasks) / len(tasks),
+                math.fsum(pairs[seed][1] for pairs in tasks) / len(tasks),
+            )
+            for seed in seeds
+        }
+        if means:
+            found.append(_difference(study, "", place, means, None))
+    return found
+
+
+def tips_scores(study: Study) -> tuple[TipsScores, ...]:
+    """The evaluations with tips, where there are any."""
+    key = study.measure.removeprefix("eval_train_").removeprefix("eval_")
+    rows = []
+    for task in study.tasks:
+        for arm in study.arms:
+            found = [record.tips for record in study.finished(task, arm).values() if record.tips]
+            none, own, other = ([float(tips[name][key]) for tips in found] for name in ("none", "own", "other"))
+            if found:
+                rows.append(
+                    TipsScores(
+                        task=task,
+                        arm=arm,
+                        none=mean_interval(none),
+                        own=mean_interval(own),
+                        other=mean_interval(other),
+                        own_minus_none=mean_interval([a - b for a, b in zip(own, none, strict=True)]),
+                        own_minus_other=mean_interval([a - b for a, b in zip(own, other, strict=True)]),
+                    )
+                )
+    return tuple(rows)

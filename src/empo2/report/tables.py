@@ -1,0 +1,189 @@
+"""The page of results as Markdown. Pure."""
+
+from collections.abc import Iterable, Sequence
+
+from empo2.report.records import AXES, AXIS_HELP, Record, Study, measure_words
+from empo2.report.statistics import Estimate
+from empo2.report.summary import PLACES, Difference, Summary, TipsScores
+from empo2.report.verdict import amount, number
+
+NONE = "—"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table; all but the first ``left`` columns are aligned to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = "|" + "|".join("---" if index < left else "---:" for index in range(len(header))) + "|"
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def with_interval(estimate: Estimate | None, places: int) -> str:
+    """mean [low, high]; a mean of one seed stands alone."""
+    if estimate is None:
+        return NONE
+    mean = number(estimate.mean, places)
+    if estimate.low is None or estimate.high is None:
+        return mean
+    return f"{mean} [{number(estimate.low, places)}, {number(estimate.high, places)}]"
+
+
+def arms_table(study: Study, summary: Summary, places: int) -> str:
+    """One row an arm (and task)."""
+    task, left = (["task"], 2) if len(study.tasks) > 1 else ([], 1)
+    header = [*task, "arm", "seeds", "before", *(f"at equal {axis}" for axis in AXES), "final"]
+    rows = [
+        [
+            *([row.task] if task else []),
+            row.arm,
+            f"{row.num_finished}/{row.num_planned}",
+            with_interval(row.before, places),
+            *(with_interval(row.at[place], places) for place in PLACES),
+        ]
+        for row in summary.arms
+    ]
+    return table(header, rows, left=left)
+
+
+def differences_table(study: Study, summary: Summary, places: int) -> str:
+    """The comparison at each budget: the paired t interval, and the bootstrap beside it."""
+    first, second = study.compare
+    header = [
+        *(["task"] if len(study.tasks) > 1 else []),
+        "at",
+        "seeds",
+        first,
+        second,
+        "difference, 95 % (t, paired)",
+        "95 % (bootstrap)",
+    ]
+    rows = [
+        [
+            *([found.task or "all tasks"] if len(study.tasks) > 1 else []),
+            _place(found),
+            str(len(found.seeds)),
+            number(found.first, places),
+            number(found.second, places),
+            with_interval(found.estimate, places),
+            "[" + ", ".join(number(end, places) for end in found.bootstrap) + "]" if found.bootstrap else NONE,
+        ]
+        for found in (*summary.overall, *summary.differences)
+    ]
+    return table(header, rows, left=2 if len(study.tasks) > 1 else 1)
+
+
+def _place(found: Difference) -> str:
+    if found.place == "final":
+        return "the end"
+    return f"{amount(found.budget)} {found.place}" if found.budget is not None else f"equal {found.place}"
+
+
+def tips_table(rows: Sequence[TipsScores], places: int) -> str:
+    header = ["task", "arm", "seeds", "no tips", "own tips", "another task's tips"]
+    cells = [
+        [
+            row.task,
+            row.arm,
+            str(row.none.num_seeds),
+            *(with_interval(estimate, places) for estimate in (row.none, row.own, row.other)),
+        ]
+        for row in rows
+    ]
+    return table(header, cells, left=2)
+
+
+def missing_table(records: Sequence[Record]) -> str:
+    """Cells that are not finished, and finished ones whose evaluations with tips are missing; empty if none."""
+    rows = []
+    for record in records:
+        cell = [record.task, record.arm, str(record.seed)]
+        if record.state != "finished":
+            rows.append([*cell, f"{record.state}: {record.detail}" if record.detail else record.state])
+        elif record.tips_missing:
+            rows.append([*cell, f"trained, but not evaluated with tips: {record.tips_missing}"])
+    return table(["task", "arm", "seed", "state"], rows, left=4) if rows else ""
+
+
+def repeat_section(study: Study, summary: Summary) -> str:
+    """Command, machines, dates, code versions, seeds, budgets."""
+    told = [record.provenance for record in study.records if record.provenance]
+    machines = _distinct(f"{p['machine']['processor']}, {p['machine']['cores']} cores" for p in told)
+    codes = _distinct(str(p["code"]) for p in told)
+    packages = _distinct(", ".join(f"{n} {v}" for n, v in p["packages"].items() if v and n != "empo2") for p in told)
+    dates = sorted({str(p["date"])[:10] for p in told if p.get("date")})
+    lines = [
+        "```bash",
+        study.command,
+        "```",
+        "",
+        f"- machine: {'; '.join(machines) or NONE}; {study.threads} thread(s) a cell",
+        *(["- the seconds are of more than one machine"] if len(machines) > 1 else []),
+        f"- dates: {NONE if not dates else ' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
+        f"- code: {', '.join(codes) or NONE}",
+        f"- packages: {'; '.join(packages) or NONE}",
+        *(f"- {arm}: seeds {', '.join(map(str, study.seeds[arm]))}; {study.steps[arm]} steps" for arm in study.arms),
+        *(
+            f"- equal budgets{f' of {task}' if len(study.tasks) > 1 else ''}: "
+            + ", ".join(f"{amount(budget)} {axis}" for axis, budget in summary.budgets[task].items())
+            for task in study.tasks
+            if summary.budgets[task]
+        ),
+        *(f"- {axis}: {text}" for axis, text in AXIS_HELP.items()),
+        *_changed(study),
+    ]
+    return "\n".join(lines)
+
+
+def _changed(study: Study) -> list[str]:
+    """Cells that were run with other settings than the experiment file has now."""
+    return [
+        f"- {record.task}, {record.arm}, seed {record.seed} ran with other settings than the file: "
+        + ", ".join(record.changed)
+        for record in study.records
+        if record.changed
+    ]
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def page(
+    study: Study,
+    summary: Summary,
+    *,
+    other: Summary | None,
+    tips: Sequence[TipsScores],
+    verdicts: Sequence[str],
+    tips_verdicts: Sequence[str],
+    places: int,
+) -> str:
+    """results.md: the verdict, tables, figures, how to repeat it. ``other``: the same measure on unseen variations."""
+    finished = sum(record.state == "finished" for record in study.records)
+    missing = missing_table(study.records)
+    parts = [
+        f"# {study.name}: {study.compare[0]} and {study.compare[1]}",
+        *verdicts,
+        f"Measured: {measure_words(study.measure)} (`{study.measure}`), without tips; means over seeds with 95 % "
+        "intervals. Final is the last checkpoint's value, never the best. "
+        f"{finished} of {len(study.records)} cells are finished.",
+        "## Arms",
+        arms_table(study, summary, places),
+        f"{NONE}: no finished seed, or not all of them reached that budget. The budgets are the largest that all "
+        f"finished cells of {study.compare[0]} and {study.compare[1]} reached.",
+        "## Difference",
+        *([differences_table(study, summary, places)] if summary.differences else ["Nothing to compare yet."]),
+        *(["## Missing cells", missing] if missing else []),
+        *(["## Unseen", f"`{other.measure}`", arms_table(study, other, places)] if other else []),
+        *(["## With tips", tips_table(tips, places), *tips_verdicts] if tips else []),
+        "## Figures",
+        "![learning curves](curves.png)",
+        "![diagnostics of training](diagnostics.png)",
+        "Thick lines are means over finished seeds, shades their 95 % intervals (t), thin lines single seeds. The same "
+        "figures as SVG: [curves](curves.svg), [diagnostics](diagnostics.svg).",
+        "## How to repeat",
+        repeat_section(study, summary),
+    ]
+    return "\n\n".join(parts) + "\n"

