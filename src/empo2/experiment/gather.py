@@ -44,6 +44,7 @@ def study(experiment: Experiment, out: Path, results: Path) -> Study:
         tasks=experiment.tasks,
         seeds=experiment.seeds,
         threads=experiment.threads,
+        tips_temperature=experiment.tips_temperature,
         steps=steps,
         command=f"empo2 experiment {shlex.quote(_shown(experiment.path))}",
         records=tuple(record(cell, out, results) for cell in experiment.cells),
@@ -107,8 +108,8 @@ def record(cell: Cell, out: Path, results: Path) -> Record:
     metrics = _metrics(folder)
     tips = _json(folder / "tips.json")
     state, detail = _state(folder, lines, metrics)
-    evaluated = set(tips) >= {"none", "own", "other"}
-    missing = (f"failed: {lines[-1]}" if lines else "not yet") if cell.evaluates_tips and not evaluated else ""
+    evaluated = set(tips) >= set(cell.evaluates)
+    missing = "" if evaluated else f"failed: {lines[-1]}" if lines else "not yet"
     return Record(
         task=cell.task,
         arm=cell.arm,
@@ -117,7 +118,7 @@ def record(cell: Cell, out: Path, results: Path) -> Record:
         detail=detail,
         metrics=tuple(metrics),
         evaluations=tuple(RunFolder(folder).evaluations()),
-        tips=tips if evaluated else None,
+        tips=tips if tips and evaluated else None,
         tips_missing=missing,
         provenance=_provenance(folder),
         changed=tuple(differences(cell.recipe, read_toml(folder / "config.toml"))),
@@ -150,7 +151,7 @@ def _copy(cell: Cell, folder: Path, target: Path) -> None:
     (target / "run.json").write_text(json.dumps(_provenance(folder), indent=1) + "\n", encoding="utf-8")
     with (target / "metrics.jsonl.gz").open("wb") as raw, gzip.GzipFile("", mode="wb", fileobj=raw, mtime=0) as file:
         file.write((folder / "metrics.jsonl").read_bytes())
-    if cell.evaluates_tips and (tips := _json(folder / "tips.json")):
+    if cell.evaluates and (tips := _json(folder / "tips.json")):
         kept = {name: {key: value for key, value in found.items() if key != "model"} for name, found in tips.items()}
         (target / "tips.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 

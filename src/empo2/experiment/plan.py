@@ -23,7 +23,8 @@ TOP_KEYS: dict[str, tuple[type, Any]] = {
     "arms": (dict, None),  # a table an arm: settings, and seeds of its own if it has fewer
     "measure": (str, "eval_train_score_mean"),
     "threads": (int, 1),
-    "evaluate_tips": (bool, False),  # of arms that act with tips, after training
+    "evaluate_tips": (bool, False),  # after training: without tips; arms that act with tips, also with own and other
+    "tips_temperature": (float, -1.0),  # of those evaluations; negative: the recipe's
     "tips_episodes": (int, 16),
     "keep_checkpoints": (bool, False),
     "ratio_from": (float, 0.1),
@@ -53,7 +54,7 @@ class Cell:
     arm: str
     seed: int
     recipe: Config
-    evaluates_tips: bool  #: afterwards evaluated with its own tips, none, and another task's
+    evaluates: tuple[str, ...]  #: afterwards, with tips: `none`; arms that act with tips also `own` and `other`
 
     def __str__(self) -> str:
         return f"{self.task}, {self.arm}, seed {self.seed}"
@@ -73,7 +74,8 @@ class Experiment:
     measure: str  #: key of evaluations.jsonl
     compare: tuple[str, str]  #: arms; differences are the first minus the second
     threads: int  #: of the tensor library, a cell
-    tips_episodes: int  #: episodes a variation of each evaluation with tips
+    tips_episodes: int  #: episodes a variation of each evaluation after training
+    tips_temperature: float  #: of those evaluations; negative: the recipe's
     keep_checkpoints: bool  #: else they are deleted once a cell is done
     ratio_from: float  #: smallest score of the second arm, in the measure's units, for which a ratio is given
     tasks: tuple[str, ...]
@@ -120,7 +122,15 @@ def load(path: Path) -> Experiment:
         cells=tuple(_cells(recipes, seeds, values)),
         **{
             key: values[key]
-            for key in ("name", "measure", "threads", "tips_episodes", "keep_checkpoints", "ratio_from")
+            for key in (
+                "name",
+                "measure",
+                "threads",
+                "tips_episodes",
+                "tips_temperature",
+                "keep_checkpoints",
+                "ratio_from",
+            )
         },
     )
 
@@ -284,8 +294,12 @@ def _cells(
                     arm=arm,
                     seed=seed,
                     recipe=configs.from_dict(configs.with_overrides(configs.to_dict(recipe), own)),
-                    evaluates_tips=values["evaluate_tips"] and recipe.modes.p > 0,
+                    evaluates=_evaluations(recipe) if values["evaluate_tips"] else (),
                 )
+
+
+def _evaluations(recipe: Config) -> tuple[str, ...]:
+    return ("none", "own", "other") if recipe.modes.p > 0 else ("none",)
 
 
 def differences(recipe: Config, ran: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -32,7 +32,8 @@ class Record:
     """One cell: what its run folder (or the copy in the results) says.
 
     ``evaluations`` and ``metrics`` are the lines of the run's files, by step; ``tips`` is the content of tips.json
-    (evaluations with own tips, none, and another task's), None where that was not done or not asked for.
+    (evaluations without tips and, where the arm acts with tips, with its own and another task's), None where that was
+    not done or not asked for.
     """
 
     task: str
@@ -84,6 +85,7 @@ class Study:
     tasks: tuple[str, ...]
     seeds: Mapping[str, tuple[int, ...]]  #: arm → planned seeds, in the file's order
     threads: int  #: of the tensor library, a cell
+    tips_temperature: float = -1.0  #: of the evaluations after training; negative: the recipe's
     steps: Mapping[str, int]  #: arm → training steps (the most of its tasks)
     command: str  #: what repeats it
     records: tuple[Record, ...]

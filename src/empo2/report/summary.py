@@ -5,7 +5,7 @@ from the line between evaluations. What is called final is the last evaluation's
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,15 +48,29 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class TipsScores:
-    """A trained arm that acts with no tips, its own, or another task's; differences are paired by seed."""
+    """A trained arm that acts with no tips, its own, or another task's; differences are paired by seed.
+
+    None: an arm that never acts with tips.
+    """
 
     task: str
     arm: str
     none: Estimate
-    own: Estimate
-    other: Estimate
-    own_minus_none: Estimate
-    own_minus_other: Estimate
+    own: Estimate | None
+    other: Estimate | None
+    own_minus_none: Estimate | None
+    own_minus_other: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versus:
+    """First compared arm minus another one at equal episodes, paired by seed: only seeds finished in both."""
+
+    task: str
+    arm: str
+    seeds: tuple[int, ...]
+    score: float  #: of the other arm
+    estimate: Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +82,7 @@ class Summary:
     arms: tuple[ArmScores, ...]
     differences: tuple[Difference, ...]
     overall: tuple[Difference, ...]  #: over all tasks; empty for a single task
+    versus: tuple[Versus, ...]  #: the first compared arm against every other one
 
 
 def summarize(study: Study, measure: str) -> Summary:
@@ -87,6 +102,7 @@ def summarize(study: Study, measure: str) -> Summary:
         arms=tuple(rows),
         differences=tuple(differences),
         overall=tuple(_overall(study, paired)) if len(study.tasks) > 1 else (),
+        versus=tuple(_versus(study, measure, budgets)),
     )
 
 
@@ -133,15 +149,19 @@ Pairs = dict[int, tuple[float, float]]  #: seed → scores of the first and the 
 
 
 def _paired(study: Study, task: str, measure: str, budgets: Mapping[Axis, float]) -> dict[Place, Pairs]:
-    first, second = (study.finished(task, arm) for arm in study.compare)
-    places: dict[Place, Pairs] = {}
-    for place in PLACES:
-        both = {
-            seed: (_score(first[seed], measure, place, budgets), _score(second[seed], measure, place, budgets))
-            for seed in sorted(set(first) & set(second))
-        }
-        places[place] = {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
-    return places
+    return {place: _pairs(study, task, measure, budgets, place, study.compare) for place in PLACES}
+
+
+def _pairs(
+    study: Study, task: str, measure: str, budgets: Mapping[Axis, float], place: Place, arms: tuple[str, str]
+) -> Pairs:
+    """Scores of two arms by seed, where both have one at the budget."""
+    first, second = (study.finished(task, arm) for arm in arms)
+    both = {
+        seed: (_score(first[seed], measure, place, budgets), _score(second[seed], measure, place, budgets))
+        for seed in sorted(set(first) & set(second))
+    }
+    return {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
 
 
 def _difference(study: Study, task: str, place: Place, pairs: Pairs, budget: float | None) -> Difference:
@@ -178,24 +198,47 @@ def _overall(study: Study, paired: Mapping[str, Mapping[Place, Pairs]]) -> list[
     return found
 
 
+def _versus(study: Study, measure: str, budgets: Budgets) -> Iterator[Versus]:
+    first = study.compare[0]
+    for task in study.tasks:
+        for arm in study.arms:
+            if arm == first:
+                continue
+            pairs = _pairs(study, task, measure, budgets[task], "episodes", (first, arm))
+            if pairs:
+                yield Versus(
+                    task=task,
+                    arm=arm,
+                    seeds=tuple(pairs),
+                    score=math.fsum(b for _, b in pairs.values()) / len(pairs),
+                    estimate=mean_interval([a - b for a, b in pairs.values()]),
+                )
+
+
 def tips_scores(study: Study) -> tuple[TipsScores, ...]:
     """The evaluations with tips, where there are any."""
     key = study.measure.removeprefix("eval_train_").removeprefix("eval_")
+
+    def minus(first: list[float], second: list[float]) -> Estimate | None:
+        return mean_interval([a - b for a, b in zip(first, second, strict=True)]) if first else None
+
     rows = []
     for task in study.tasks:
         for arm in study.arms:
             found = [record.tips for record in study.finished(task, arm).values() if record.tips]
-            none, own, other = ([float(tips[name][key]) for tips in found] for name in ("none", "own", "other"))
+            none, own, other = (
+                [float(tips[name][key]) for tips in found if name in tips] for name in ("none", "own", "other")
+            )
             if found:
                 rows.append(
                     TipsScores(
                         task=task,
                         arm=arm,
                         none=mean_interval(none),
-                        own=mean_interval(own),
-                        other=mean_interval(other),
-                        own_minus_none=mean_interval([a - b for a, b in zip(own, none, strict=True)]),
-                        own_minus_other=mean_interval([a - b for a, b in zip(own, other, strict=True)]),
+                        own=mean_interval(own) if own else None,
+                        other=mean_interval(other) if other else None,
+                        own_minus_none=minus(own, none),
+                        own_minus_other=minus(own, other),
                     )
                 )
     return tuple(rows)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from empo2.report.records import AXES, AXIS_HELP, Record, Study, measure_words
 from empo2.report.statistics import Estimate
-from empo2.report.summary import PLACES, Difference, Summary, TipsScores
+from empo2.report.summary import PLACES, Difference, Summary, TipsScores, Versus
 from empo2.report.verdict import amount, number
 
 NONE = "—"
@@ -74,6 +74,23 @@ def differences_table(study: Study, summary: Summary, places: int) -> str:
     return table(header, rows, left=2 if len(study.tasks) > 1 else 1)
 
 
+def versus_table(study: Study, rows: Sequence[Versus], places: int) -> str:
+    """What the first compared arm gains over every other one, at equal episodes, paired by seed."""
+    task = ["task"] if len(study.tasks) > 1 else []
+    header = [*task, "arm", "seeds", "its score", f"{study.compare[0]} − it, 95 % (t, paired)"]
+    cells = [
+        [
+            *([row.task] if task else []),
+            row.arm,
+            str(len(row.seeds)),
+            number(row.score, places),
+            with_interval(row.estimate, places),
+        ]
+        for row in rows
+    ]
+    return table(header, cells, left=1 + len(task))
+
+
 def _place(found: Difference) -> str:
     if found.place == "final":
         return "the end"
@@ -92,6 +109,11 @@ def tips_table(rows: Sequence[TipsScores], places: int) -> str:
         for row in rows
     ]
     return table(header, cells, left=2)
+
+
+def _asked(study: Study) -> str:
+    temperature = "the recipe's" if study.tips_temperature < 0 else f"{study.tips_temperature:g}"
+    return f"The last checkpoint on the trained variations; sampling temperature: {temperature}."
 
 
 def missing_table(records: Sequence[Record]) -> str:
@@ -175,9 +197,18 @@ def page(
         f"finished cells of {study.compare[0]} and {study.compare[1]} reached.",
         "## Difference",
         *([differences_table(study, summary, places)] if summary.differences else ["Nothing to compare yet."]),
+        *(
+            [
+                f"## {study.compare[0]} against each arm",
+                "At equal episodes.",
+                versus_table(study, summary.versus, places),
+            ]
+            if len(study.arms) > 2 and summary.versus
+            else []
+        ),
         *(["## Missing cells", missing] if missing else []),
         *(["## Unseen", f"`{other.measure}`", arms_table(study, other, places)] if other else []),
-        *(["## With tips", tips_table(tips, places), *tips_verdicts] if tips else []),
+        *(["## After training", _asked(study), tips_table(tips, places), *tips_verdicts] if tips else []),
         "## Figures",
         "![learning curves](curves.png)",
         "![diagnostics of training](diagnostics.png)",

@@ -131,6 +131,8 @@ def tips_verdict(rows: Sequence[TipsScores], places: int) -> list[str]:
     """Whether a trained arm's own tips beat both no tips and another task's, a sentence an arm and task."""
     said = []
     for row in rows:
+        if row.own_minus_none is None or row.own_minus_other is None:
+            continue
         lows = [row.own_minus_none.low, row.own_minus_other.low]
         if None in lows:
             finding = "one seed gives no interval, so nothing was shown"
