@@ -150,7 +150,7 @@ def _copy(cell: Cell, folder: Path, target: Path) -> None:
         (target / name).write_bytes((folder / name).read_bytes())
     (target / "run.json").write_text(json.dumps(_provenance(folder), indent=1) + "\n", encoding="utf-8")
     with (target / "metrics.jsonl.gz").open("wb") as raw, gzip.GzipFile("", mode="wb", fileobj=raw, mtime=0) as file:
-        file.write((folder / "metrics.jsonl").read_bytes())
+        file.write("".join(json.dumps(line) + "\n" for line in _metrics(folder)).encode())
     if cell.evaluates and (tips := _json(folder / "tips.json")):
         kept = {name: {key: value for key, value in found.items() if key != "model"} for name, found in tips.items()}
         (target / "tips.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -168,12 +168,16 @@ def _provenance(folder: Path) -> dict[str, Any]:
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """Of a run folder, or of its copy."""
+    """Of a run folder, or of its copy: numbers to six digits, which halves the copy."""
     copied = folder / "metrics.jsonl.gz"
     if not copied.exists():
-        return RunFolder(folder).metrics()
+        return [{key: _short(value) for key, value in line.items()} for line in RunFolder(folder).metrics()]
     with gzip.open(copied, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _json(path: Path) -> dict[str, Any]:
