@@ -104,7 +104,7 @@ class TextWorldExpressEnvironment:
 
     def shortest_way(self, task: Task) -> tuple[str, ...]:
         """The fewest actions that take the coin; among equals the first in alphabetical order of rooms and exits."""
-        rooms, coin = self._explore(task)
+        rooms, coin = self.explore(task)
         start = next(iter(rooms))
         waiting: list[tuple[int, str, tuple[str, ...]]] = [(0, start, ())]
         reached = set()
@@ -120,7 +120,7 @@ class TextWorldExpressEnvironment:
                 heapq.heappush(waiting, (spent + len(steps), behind, way + steps))
         raise AssertionError(f"{task} has no way to the coin")
 
-    def _explore(self, task: Task) -> tuple[dict[str, dict[str, tuple[str, bool]]], str]:
+    def explore(self, task: Task) -> tuple[dict[str, dict[str, tuple[str, bool]]], str]:
         """Every room's exits {direction: (room, behind a closed door)}, the first room first, and the coin's room."""
         first = self._load(task)
         rooms: dict[str, dict[str, tuple[str, bool]]] = {}
