@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "types", "config", "streams", "__init__"},
     {"chat", "prompts", "modes", "advantages", "sequences", "losses"},  # pure: values in, values out
     {"attention", "models", "store", "memory", "novelty", "embed", "envs", "sampler", "learner"},  # owners of state
-    {"episode", "examples", "collect", "run", "algorithms"},
+    {"episode", "examples", "collect", "run", "algorithms", "walks", "lessons"},
     {"update", "metrics", "precision", "assemble", "doctor"},
     {"train", "evaluate", "display", "report"},
     {"warmup", "experiment"},

@@ -105,7 +105,7 @@ def preflight(config: Config) -> None:
     environment = make_suite(config)
     _shown_instead(config, train_tasks(config, environment))
     environment.check()
-    _device(config)
+    device_of(config)
     if config.model.path not in (models.TINY, *models.WHEELS):
         models.locate(config.model.path)
 
@@ -114,7 +114,7 @@ def resolved(config: Config) -> Config:
     """The recipe with this machine's precision in place of `auto`, so that a run is resumed as it began."""
     model = config.model
     chosen: dict[str, Any] = {
-        key: precision.fastest(_device(config))
+        key: precision.fastest(device_of(config))
         for key in ("sampler_dtype", "trainer_dtype")
         if getattr(model, key) == "auto"
     }
@@ -131,7 +131,7 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
     """Load the model, start environments, gather worked examples. Before: `preflight`, then fetch `needed_models`."""
     torch.set_num_threads(config.train.threads or available_cores())
     config = resolved(config)
-    device = _device(config)
+    device = device_of(config)
     environment = make_suite(config)
     tokenizer = models.load_tokenizer(config.model.path)
     chat = ChatFormat.of(tokenizer)
@@ -272,7 +272,8 @@ def _learner(config: Config, device: str) -> Learner:
     )
 
 
-def _device(config: Config) -> str:
+def device_of(config: Config) -> str:
+    """Where the model lives. Raises UsageError."""
     wanted = config.model.device
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,143 @@
+"""Lessons: walks rendered as training sequences, just as episodes are, and imitated. What `empo2 warmup` teaches."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from empo2 import prompts, sequences
+from empo2.config import WarmupConfig
+from empo2.episode import LiveEpisode, PromptRules
+from empo2.examples import WorkedExamples
+from empo2.learner import Learner
+from empo2.memory import Retrieval
+from empo2.types import (
+    Completion,
+    Environment,
+    EpisodeKey,
+    EpisodePlan,
+    Mode,
+    Span,
+    SpanKey,
+    Task,
+    Tip,
+    TrainingSequence,
+    Trajectory,
+)
+from empo2.walks import Walk, follow, random_walk, walk_to_the_goal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """One episode to imitate; ``shown``: the walk whose tips it shows."""
+
+    walk: Walk
+    shown: Walk | None
+
+
+def lessons(
+    settings: WarmupConfig, environment: Environment, games: Sequence[Task], *, turns: int, seed: int
+) -> Iterator[Lesson]:
+    """Episodes of at most ``turns`` to imitate, without end."""
+    rng = random.Random(f"warmup/{seed}")
+    while True:
+        game = rng.choice(games)
+        if rng.random() >= settings.tips:
+            yield Lesson(walk=random_walk(environment, game, turns, rng), shown=None)
+        elif (way := walk_to_the_goal(environment, game, turns, rng)) is not None:
+            followed = follow(environment, way, rng, faithful=settings.faithful, turns=turns)
+            yield Lesson(walk=followed, shown=way)
+
+
+def tip_of(trajectory: Trajectory) -> str:
+    """How an episode went, in a sentence: what a warmed policy writes as its tip."""
+    places = list(dict.fromkeys(prompts.place_of(turn.state) for turn in trajectory.turns))
+    named = [place for place in places if place]
+    if trajectory.success:
+        return f"Solved {named[-1]}." if named else "Solved."
+    return f"Nothing found {', '.join(named)}." if named else "Nothing found."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classroom:
+    """Turns lessons into what the learner trains on, rendered as in training."""
+
+    rules: PromptRules
+    examples: WorkedExamples
+    suffix: str
+    longest: int  #: tokens of the model's context
+
+    def rows(self, lesson: Lesson, number: int) -> list[TrainingSequence]:
+        """The episode's actions and its tip, each with advantage 1; ``number`` tells the lessons of a batch apart."""
+        told = self.entries(lesson.shown) if lesson.shown else {}
+        trajectory, request = self.play(lesson.walk, told, number)
+        rows = sequences.build(trajectory, [1.0] * len(trajectory.turns), plain=False)
+        said = self._said(trajectory.tip).token_ids
+        written = Span(
+            start=len(request),
+            stop=len(request) + len(said),
+            key=SpanKey(number, 0, len(trajectory.turns)),
+            advantage=1.0,
+            sampler_logprobs=None,
+        )
+        before: tuple[Span, ...] = ()
+        if rows and request[: len(rows[-1].token_ids)] == rows[-1].token_ids:
+            before = rows.pop().spans
+        return [*rows, TrainingSequence(token_ids=request + said, spans=(*before, written))]
+
+    def play(self, walk: Walk, told: Mapping[str, Tip], number: int = 0) -> tuple[Trajectory, tuple[int, ...]]:
+        """The walk as an episode that was shown these tips, by state, and the prompt that asks for its own."""
+        plan = EpisodePlan(task=walk.task, mode=Mode.WITH_TIPS, key=EpisodeKey(0, number, 0))
+        episode = LiveEpisode(plan=plan, slot=0, rules=self.rules, examples=self.examples.of(walk.task))
+        episode.begin(walk.observation, walk.info)
+        for action, answer in zip(walk.actions, walk.answers, strict=True):
+            tips = (told[episode.state],) if episode.state in told else ()
+            if episode.next_prompt(Retrieval(tips=tips, candidates=len(tips), entries=len(told))) is None:
+                break
+            episode.act(self._said(action))
+            episode.observe(answer, len(walk.actions))
+        trajectory = episode.finish(0, None)
+        return replace(trajectory, tip=tip_of(trajectory)), episode.tip_prompt(self.longest)
+
+    def entries(self, walk: Walk) -> dict[str, Tip]:
+        """What the memory would hold of a walk, by the state under which it stands."""
+        trajectory, _ = self.play(walk, {})
+        return {
+            turn.state: Tip(
+                text=prompts.stored_tip(
+                    trajectory.tip, prompts.tip_suffix(trajectory, turn, self.suffix), trajectory.score
+                ),
+                score=trajectory.score,
+                similarity=1.0,
+                source=trajectory.key,
+            )
+            for turn in trajectory.turns
+        }
+
+    def _said(self, text: str) -> Completion:
+        ids = (*self.rules.chat.text_ids(text), self.rules.chat.closer)
+        return Completion(token_ids=ids, logprobs=(0.0,) * len(ids), text=text, truncated=False)
+
+
+def imitate(
+    learner: Learner,
+    classroom: Classroom,
+    taught: Iterator[Lesson],
+    settings: WarmupConfig,
+    told: Callable[[int], None],
+) -> None:
+    """Learn from `warmup.updates` batches of lessons; ``told`` hears the updates done.
+
+    With advantage 1 and the ratio at exactly 1 the policy gradient *is* that of supervised learning. The learning rate
+    rises over the first 20 updates and falls to 0 over the last third.
+    """
+    for done in range(settings.updates):
+        rows = [
+            row
+            for number, lesson in enumerate(itertools.islice(taught, settings.batch))
+            for row in classroom.rows(lesson, number)
+        ]
+        warm = min(1.0, (done + 1) / 20)
+        cool = min(1.0, (settings.updates - done) / (settings.updates / 3))
+        learner.update(rows, {}, settings.lr * warm * cool)
+        told(done + 1)
