@@ -1,16 +1,29 @@
-"""Environments that fail in known ways, for test_pool.py; a module of its own so that spawned workers can import it."""
+"""Playing environments, their processes, and environments that fail in known ways (test_pool.py).
+
+A module of its own so that spawned workers can import it.
+"""
 
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from empo2.errors import EnvironmentCrashed
 from empo2.types import Task
+
+
+def play(environment: Any, task: Task, actions: Sequence[str], seed: int = 0) -> list:
+    """Everything that an environment answers, until the episode ends."""
+    answers: list = [environment.reset(task, seed)]
+    for action in actions:
+        answers.append(environment.step(action))
+        if answers[-1][2]:
+            break
+    return answers
 
 
 class Unpicklable(Exception):

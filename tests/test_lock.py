@@ -7,19 +7,11 @@ import pytest
 from empo2.envs.base import suite
 from empo2.envs.lock import HOUSES, SIZES, LockEnvironment, way_out
 from empo2.types import Task
+from pool_suites import play
 
 
 def task_of(variation: int, rooms: int = 4, kind: str = "lock") -> Task:
     return Task(environment="lock", name=f"{kind}-{rooms}", variation=variation)
-
-
-def play(environment: LockEnvironment, task: Task, actions: list[str]) -> list:
-    answers: list = [environment.reset(task, 0)]
-    for action in actions:
-        answers.append(environment.step(action))
-        if answers[-1][2]:
-            break
-    return answers
 
 
 def test_one_episode_in_full():

@@ -15,7 +15,7 @@ from empo2.envs.pool import ORPHAN_S, EnvironmentPool, PoolCounters
 from empo2.envs.scienceworld import PAPER_TASKS, SPLITS, ScienceWorldEnvironment, ScienceWorldSuite
 from empo2.errors import EnvironmentCrashed, MissingPart, UsageError
 from empo2.types import Task
-from pool_suites import children, wait_until_gone
+from pool_suites import children, play, wait_until_gone
 
 FIND = Task(environment="scienceworld", name="find-non-living-thing", variation=0)
 PLANT = Task(environment="scienceworld", name="find-plant", variation=3)
@@ -28,16 +28,6 @@ def env() -> Iterator[ScienceWorldEnvironment]:
     environment = ScienceWorldEnvironment()
     yield environment
     environment.close()
-
-
-def play(env: ScienceWorldEnvironment, task: Task, actions: list[str], seed: int = 0) -> list:
-    """Everything the environment says, until the episode ends."""
-    answers: list = [env.reset(task, seed)]
-    for action in actions:
-        answers.append(env.step(action))
-        if answers[-1][2]:
-            break
-    return answers
 
 
 def jvms_of(pid: int) -> set[int]:

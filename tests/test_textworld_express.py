@@ -14,7 +14,7 @@ from empo2.envs.pool import EnvironmentPool
 from empo2.envs.textworld_express import COIN, SPLITS, TextWorldExpressEnvironment, bare_room, room_name
 from empo2.errors import EnvironmentCrashed, MissingPart, UsageError
 from empo2.types import Task
-from pool_suites import children, wait_until_gone
+from pool_suites import children, play, wait_until_gone
 
 TASK_TEXT = "Your task is to search the environment and find the coin. Once you find the coin, take it."
 WALK = ["move south", "dance", "move north", "open door to east", "inventory", "move west", "look around", "take coin"]
@@ -33,15 +33,6 @@ def env() -> Iterator[TextWorldExpressEnvironment]:
     environment = TextWorldExpressEnvironment("room")
     yield environment
     environment.close()
-
-
-def play(env: TextWorldExpressEnvironment, task: Task, actions: list[str], seed: int = 0) -> list:
-    answers: list = [env.reset(task, seed)]
-    for action in actions:
-        answers.append(env.step(action))
-        if answers[-1][2]:
-            break
-    return answers
 
 
 def test_one_episode_in_full(env):

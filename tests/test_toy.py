@@ -6,6 +6,7 @@ from empo2.envs.base import check_tasks, suite
 from empo2.envs.toy import DIRECTIONS, SIZES, ToyEnvironment, build_map
 from empo2.errors import ConfigError
 from empo2.types import Task
+from pool_suites import play
 
 SUITE = suite("toy")
 TASK = Task(environment="toy", name="coin-3", variation=0)
@@ -20,15 +21,6 @@ def tasks(name: str) -> list[Task]:
         for split in splits
         for variation in SUITE.variations(name, split)
     ]
-
-
-def play(environment: ToyEnvironment, task: Task, actions: list[str], seed: int = 0) -> list:
-    answers: list = [environment.reset(task, seed)]
-    for action in actions:
-        answers.append(environment.step(action))
-        if answers[-1][2]:
-            break
-    return answers
 
 
 def test_one_house_in_full():

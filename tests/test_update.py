@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from empo2 import sequences
-from empo2.config import Config, EnvConfig, LearnerConfig, LossConfig, TrainConfig
+from empo2.config import AdvantageConfig, Config, EnvConfig, LearnerConfig, LossConfig, TrainConfig
 from empo2.learner import Learner, Logprobs
 from empo2.types import EpisodeKey, Mode, SpanKey, TrainingSequence, TrajectoryGroup
 from empo2.update import StepUpdate, update_policy
@@ -45,6 +45,7 @@ def step(
     advantages=None,
     reference=None,
     train: TrainConfig = TrainConfig(steps=4),  # noqa: B008 - frozen
+    skip_below: float = 0.0,
     **learner_config,
 ) -> tuple[StepUpdate, Calls, Learner]:
     """`update_policy` with a learner that is watched."""
@@ -53,6 +54,7 @@ def step(
         train=train,
         env=EnvConfig(name="toy", tasks=("coin-3",)),
         loss=loss,
+        advantage=AdvantageConfig(skip_below=skip_below),
         learner=LearnerConfig(**{"max_grad_norm": 1e9, **learner_config}),
     )
     calls = Calls([], [], [], [], {name: value.clone() for name, value in learner.weights().items()})
@@ -249,6 +251,16 @@ def test_groups_without_advantage_are_left_out_before_any_forward_pass():
     assert result == replace(alone, num_skipped_groups=1)
     assert calls.computed == alone_calls.computed
     assert {by_key(sequence).group for sequence in calls.batches[0]} == {1}
+
+
+def test_groups_with_hardly_any_advantage_are_left_out_where_asked():
+    """The size counts, not the sign; at the limit a group is left out."""
+    groups = [group_of(Mode.PLAIN, index=index) for index in range(3)]
+    values = [(((0.1, -0.1, 0.0),) * 4), ((0.0,) * 3, (-0.2, 0.0, 0.0), *((0.0,) * 3,) * 2), advantages_of(groups[2])]
+    result, calls, _ = step(groups, advantages=values, skip_below=0.1)
+    assert result.num_skipped_groups == 1
+    assert {by_key(sequence).group for sequence in calls.batches[0]} == {1, 2}
+    assert step(groups, advantages=values)[0].num_skipped_groups == 0
 
 
 def test_a_step_without_any_advantage_updates_nothing():

@@ -154,6 +154,9 @@ class AdvantageConfig:
     """Divide by the group's standard deviation (unbiased)."""
     std_floor: float = 1e-6
     """Smallest divisor, in units of the score; larger keeps tiny differences from being blown up."""
+    skip_below: float = 0.0
+    """Groups in which no advantage exceeds this in size are not trained on, like those in which all are 0: where only
+    a little novelty differs they cost as much as others, and Adam blows their gradient up to a full update."""
     invalid_penalty: float = 0.0
     """Taken off the return for every action that the environment does not know, in units of the scaled reward."""
 
@@ -341,6 +344,7 @@ _SMALLEST: dict[str, float] = {
     "collect.groups_per_step": 1, "collect.temperature": 0, "collect.max_action_tokens": 1,
     "memory.k": 1, "memory.max_entries": 1, "memory.tip_tokens": 1, "memory.max_tip_tokens": 0,
     "memory.tip_temperature": 0, "novelty.coefficient": 0, "advantage.std_floor": 0, "advantage.invalid_penalty": 0,
+    "advantage.skip_below": 0,
     "loss.clip_high": 0, "loss.kl": 0, "loss.entropy": 0, "loss.fixed_length": 1,
     "learner.lr": 0, "learner.warmup_steps": 0, "learner.weight_decay": 0, "learner.eps": 0, "learner.max_grad_norm": 0,
     "learner.mini_batch": 0, "learner.last_layers": 0, "learner.micro_batch_tokens": 1,

@@ -32,7 +32,9 @@ def update_policy(
     """
     keeps_all = config.loss.kl > 0 or config.loss.entropy > 0
     chosen = [
-        (group, values) for group, values in zip(groups, advantages, strict=True) if keeps_all or has_signal(values)
+        (group, values)
+        for group, values in zip(groups, advantages, strict=True)
+        if keeps_all or has_signal(values, config.advantage.skip_below)
     ]
     trained: list[TrainingSequence] = []
     others: list[TrainingSequence] = []  # renderings of the denominator that are not the trained ones

@@ -68,6 +68,6 @@ def algorithm(config: Config) -> Algorithm:
     return chosen
 
 
-def has_signal(advantages: Sequence[Sequence[float]]) -> bool:
-    """Whether any advantage of a group differs from zero."""
-    return any(value != 0 for turns in advantages for value in turns)
+def has_signal(advantages: Sequence[Sequence[float]], skip_below: float = 0.0) -> bool:
+    """Whether any advantage of a group exceeds ``skip_below`` in size."""
+    return any(abs(value) > skip_below for turns in advantages for value in turns)
