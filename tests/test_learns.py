@@ -1,4 +1,4 @@
-"""The method works in small, and only as a whole: mazes of which chance solves 1 in 243 (recipe `lock`)."""
+"""The method works in small, and only as a whole: mazes of which chance solves 1 in 729 (recipe `lock`)."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 MAZES: dict[str, Any] = {
     "train.threads": 1,
-    "env.tasks": ["maze-5"],
+    "train.steps": 120,
+    "env.tasks": ["maze-6"],
     "eval.every": 0,
-    "warmup.tasks": ["maze-3", "maze-5"],
+    "warmup.tasks": ["maze-3", "maze-6"],
     "warmup.updates": 400,
 }
 #: Arm → what it changes. The first is the method; the others must fail.
@@ -57,7 +58,7 @@ def test_the_warmed_policy_hardly_ever_leaves_a_maze_but_can_read_tips(warmed: t
 
 
 def test_the_whole_method_leaves_the_mazes_without_tips(scores: dict[str, Any]):
-    assert scores["empo2"][1] >= 0.2
+    assert scores["empo2"][1] >= 0.15
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "empo2"])
