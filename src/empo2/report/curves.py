@@ -38,9 +38,10 @@ DIAGNOSTICS = {
     "entropy": "entropy (nats a token)",
     "grad_norm": "gradient norm",
     "distinct_states": "distinct states seen",
-    "valid_action_rate": "valid actions (share)",
-    "success_rate": "success (share of episodes)",
 }
+
+#: evaluated beside the score: what follows `eval_` or `eval_train_` → what the axis says
+BESIDE = {"success_rate": "success (share)", "valid_action_rate": "valid actions (share)"}
 
 
 def require() -> None:
@@ -52,9 +53,14 @@ def require() -> None:
 
 
 def draw_curves(study: Study, folder: Path) -> None:
-    """curves.png and curves.svg: the measure over episodes, and below it over seconds."""
+    """curves.png and curves.svg: the measure over episodes, below it over seconds; success and valid actions."""
     axes: tuple[Axis, ...] = ("episodes", "seconds")
     rows = [_Row(label=measure_words(study.measure), key=study.measure, axis=axis, evaluated=True) for axis in axes]
+    prefix = "eval_train_" if study.measure.startswith("eval_train_") else "eval_"
+    for name, label in BESIDE.items():
+        row = _Row(label=label, key=prefix + name, axis="episodes", evaluated=True)
+        if any(row.curve(record) != rows[0].curve(record) for record in study.records):  # a score of 0 or 1 is success
+            rows.append(row)
     _draw(study, rows, folder / "curves", height=2.6)
 
 
