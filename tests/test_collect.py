@@ -95,7 +95,7 @@ def test_tokens_and_time_are_counted(parts: Parts):
     assert counters.tip_seconds > 0
 
 
-OTHER = [("memory.source", "other"), ("memory.threshold", -1.0), ("env.variations", [0, 1, 2])]
+OTHER = [("memory.source", "other"), ("memory.threshold", 0.99), ("env.variations", [0, 1, 2])]
 
 
 @pytest.mark.parametrize("parts", [OTHER], indirect=True)

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import tomli_w
 
+from empo2 import config as configs
 from empo2 import experiment
 from empo2.config import read_toml
-from empo2.errors import ConfigError, MissingPart, UsageError
+from empo2.errors import CheckpointError, ConfigError, MissingPart, UsageError
 from empo2.experiment import cells, gather
 from empo2.experiment.plan import differences, slug
 from empo2.report import curves
@@ -123,6 +124,11 @@ def test_tips_are_evaluated_only_where_an_arm_has_them(tmp_path: Path):
         ({"compare": ["empo2", "empo2"]}, ["'empo2' twice"]),
         ({"compare": ["empo2"]}, ["compare", "two arms"]),
         ({"compare": "empo2"}, ["compare", "a list"]),
+        ({"compare": [["empo2"], "grpo"]}, ["compare", "no arm"]),
+        ({"name": "../../x"}, ["name", "without folders"]),
+        ({"tips_temperature": float("inf")}, ["tips_temperature", "no temperature"]),
+        ({"ratio_from": float("nan")}, ["ratio_from", "at least 0"]),
+        ({"arms__grpo__collect.max_action_tokens": 1}, ["collect.max_action_tokens"]),
         ({"measure": "eval_train_score"}, ["measure", "'eval_train_score_mean'"]),
         ({"settings__eval.train_variations": 0}, ["never evaluated", "eval.train_variations is 0"]),
         ({"measure": "eval_score_mean", "settings__eval.num_variations": 0}, ["never", "eval.num_variations is 0"]),
@@ -180,8 +186,11 @@ def test_names_become_folders():
 
 def test_settings_that_differ_from_a_run_are_named(tmp_path: Path):
     recipe = load(tmp_path, **{"settings__model.sampler_dtype": "auto"}).cells[0].recipe
-    ran = {"train": {"steps": 5, "seed": 11, "gone": 1}, "model": {"sampler_dtype": "float32"}}
-    assert differences(recipe, ran) == ["train.steps = 5 (the file: 2)"]
+    ran = configs.to_dict(recipe)
+    ran["train"] |= {"steps": 5, "checkpoint_every": 77, "gone": 1}
+    ran["model"]["sampler_dtype"] = "float32"
+    del ran["learner"]["lr"], ran["advantage"]["skip_below"]  # of a run from before there were such settings
+    assert differences(recipe, ran) == ["train.steps = 5 (the file: 2)", "learner.lr = 1e-05 (the file: 0.001)"]
 
 
 # --- running, with a program in empo2's place that takes no time ---
@@ -237,6 +246,10 @@ scores = [{"step": s, "eval_train_score_mean": 10 + gain * s + seed / 10, "eval_
           for s in range(0, steps + 1)]
 for name, content in (("metrics", lines), ("evaluations", scores)):
     (run / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in content))
+if does == "fails at the end":
+    sys.exit("empo2: the disk is full")
+if does == "kills itself":
+    os.kill(os.getpid(), signal.SIGKILL)
 '''
 
 
@@ -406,11 +419,12 @@ def test_tips_are_evaluated_with_none_own_and_other(tmp_path: Path, stub: Stub):
     common += ["--episodes", "3", "--eval.temperature", "0.4"]
     assert asked == [
         ["evaluate", *common],
-        ["evaluate", *common, "--memory", "run"],
+        ["evaluate", *common, "--memory", "run", "--memory.source", "own"],
         ["evaluate", *common, "--memory", "run", "--memory.source", "other"],
     ]
     saved = json.loads((tmp_path / "results/cells/smoke/empo2/seed-11/tips.json").read_text())
-    assert {name: found["memory"] for name, found in saved.items()} == {"none": "0.4", "own": "run", "other": "other"}
+    assert {name: found["memory"] for name, found in saved.items()} == {"none": "0.4", "own": "own", "other": "other"}
+    assert saved["own"]["asked"] == {"episodes": 3, "temperature": 0.4}
     assert "model" not in saved["own"], "a folder of the machine"
     assert "## After training" in page(tmp_path)
 
@@ -423,7 +437,7 @@ def test_a_cell_whose_evaluation_failed_keeps_its_training(tmp_path: Path, stub:
     assert "| empo2 | 1/1 |" in page(tmp_path)
     assert (tmp_path / "out/smoke/empo2/seed-11/checkpoints").exists(), "the next call needs them"
     assert [call[-1] for call in stub.calls() if call[0] == "evaluate" and "empo2/seed" in call[1]] == [
-        "3", "run", "other", "other"
+        "0.4", "own", "other", "other"
     ]  # fmt: skip
     stub.behaves()
     assert run(made, tmp_path)[0] == 0
@@ -433,12 +447,89 @@ def test_a_cell_whose_evaluation_failed_keeps_its_training(tmp_path: Path, stub:
 
 def test_tips_cannot_be_evaluated_when_the_checkpoints_are_gone(tmp_path: Path, stub: Stub):
     assert run(load(tmp_path, seeds=[11]), tmp_path)[0] == 0
-    assert run(load(tmp_path, seeds=[11], evaluate_tips=True), tmp_path)[0] == 1
-    assert "not evaluated with tips: failed: empo2: no checkpoint" in page(tmp_path)
     stub.calls()
+    with pytest.raises(ConfigError, match="done and its checkpoint deleted"):
+        run(load(tmp_path, seeds=[11], evaluate_tips=True), tmp_path)
     assert run(load(tmp_path, seeds=[11]), tmp_path)[0] == 0
     assert stub.calls() == [], "the training is done all the same"
     assert "Missing cells" not in page(tmp_path)
+
+
+def test_evaluations_with_tips_are_those_that_the_file_asks_for(tmp_path: Path, stub: Stub):
+    """Those of another temperature are not shown as if they were; with checkpoints they are made anew."""
+    asked = {"evaluate_tips": True, "seeds": [11], "keep_checkpoints": True}
+    assert run(load(tmp_path, tips_temperature=0.4, **asked), tmp_path)[0] == 0
+    hotter = load(tmp_path, tips_temperature=1.0, **asked)
+    experiment.report(hotter, tmp_path / "out", tmp_path / "results")
+    assert "## After training" not in page(tmp_path)
+    assert "| smoke | empo2 | 11 | trained, but not evaluated with tips: not yet |" in page(tmp_path)
+    stub.calls()
+    assert run(hotter, tmp_path)[0] == 0
+    assert {call[0] for call in stub.calls()} == {"evaluate"}
+    assert "sampling temperature: 1." in page(tmp_path)
+    without = load(tmp_path, seeds=[11], keep_checkpoints=True)
+    experiment.report(without, tmp_path / "out", tmp_path / "results")
+    assert "## After training" not in page(tmp_path)
+
+
+def test_a_deleted_run_folder_is_trained_again(tmp_path: Path, stub: Stub):
+    made = load(tmp_path)
+    assert run(made, tmp_path)[0] == 0
+    shutil.rmtree(tmp_path / "out/smoke/empo2/seed-11")
+    stub.calls()
+    assert run(made, tmp_path)[0] == 0
+    assert [call[0] for call in stub.calls()] == ["train"]
+
+
+def test_a_training_that_fails_after_its_last_step_is_not_finished(tmp_path: Path, stub: Stub):
+    stub.behaves(**{"empo2 11": "fails at the end"})
+    made = load(tmp_path)
+    assert run(made, tmp_path)[0] == 1
+    for gone in ("", "out"):  # the same from the copies
+        if gone:
+            shutil.rmtree(tmp_path / gone)
+            experiment.report(made, tmp_path / "out", tmp_path / "results")
+        assert "| smoke | empo2 | 11 | failed: empo2: the disk is full |" in page(tmp_path)
+        assert "| empo2 | 1/2 |" in page(tmp_path)
+
+
+def test_an_other_without_other_tasks_is_refused_before_training(tmp_path: Path, stub: Stub):
+    with pytest.raises(ConfigError, match="needs tasks with memories of their own"):
+        run(load(tmp_path, evaluate_tips=True, **{"settings__env.num_variations": 1}), tmp_path)
+    assert stub.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("seed-11.state.json", b""),
+        ("seed-11/tips.json", b'{"none": '),
+        ("seed-11/run.json", b"[]"),
+        ("seed-11/config.toml", b""),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, stub: Stub, name: str, content: bytes):
+    made = load(tmp_path)
+    assert run(made, tmp_path)[0] == 0
+    (tmp_path / "out/smoke/empo2" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}.* is .*damaged"):
+        experiment.report(made, tmp_path / "out", tmp_path / "results")
+
+
+def test_a_damaged_copy_is_named(tmp_path: Path, stub: Stub):
+    made = load(tmp_path)
+    assert run(made, tmp_path)[0] == 0
+    shutil.rmtree(tmp_path / "out")
+    path = tmp_path / "results/cells/smoke/empo2/seed-11/metrics.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl\.gz is damaged"):
+        experiment.report(made, tmp_path / "out", tmp_path / "results")
+
+
+def test_a_cell_that_was_killed_says_so(tmp_path: Path, stub: Stub):
+    stub.behaves(**{"11": "kills itself"})
+    assert run(load(tmp_path, seeds=[11]), tmp_path)[0] == 1
+    assert "failed: ended by SIGKILL" in page(tmp_path)
 
 
 def test_nothing_runs_where_something_is_wrong(tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch):
@@ -463,7 +554,10 @@ def test_runs_of_the_file_as_it_was_are_not_gone_on_with(tmp_path: Path, stub: S
         run(longer, tmp_path)
     assert stub.calls() == []
     experiment.report(longer, tmp_path / "out", tmp_path / "results")
-    assert "seed 11 ran with other settings than the file: train.steps = 2 (the file: 3)" in page(tmp_path)
+    assert "| smoke | empo2 | 11 | other settings: train.steps = 2 (the file: 3) |" in page(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    assert run(longer, tmp_path, arms=["empo2"])[0] == 0
+    assert "No seed is finished in both" in page(tmp_path), "copies of the file as it was are no partners"
 
 
 # --- results ---

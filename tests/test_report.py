@@ -193,6 +193,41 @@ def test_equal_seconds_compare_the_slower_arm_whole_with_the_faster_one_midway()
     assert found.overall == ()
 
 
+def test_an_early_budget_is_told_with_how_early_it_is():
+    """The cheapest cell of all seeds sets the budget: 5 of on average 10 and 12.5 seconds."""
+    records = [make("new", seed, [0.0, 0.4, 0.6], seconds=5.0) for seed in (1, 2)]
+    records += [make("old", 1, [0.0, 0.2, 0.2], seconds=2.5), make("old", 2, [0.0, 0.2, 0.3], seconds=10.0)]
+    made = study(*records)
+    found = {d.place: d for d in summarize(made, MEASURE).differences}
+    assert found["seconds"].shares == (0.5, 0.4)
+    assert found["episodes"].shares == (1.0, 1.0)
+    assert found["final"].shares is None
+    said = verdict.verdict(made, summarize(made, MEASURE))[0]
+    assert "At equal seconds (5: 50% of new's training, 40% of old's training): " in said
+    assert "At equal episodes (20) " in said
+
+
+def test_one_arm_alone_sets_no_budget():
+    made = study(make("old", 1, [0.0, 0.5, 0.9]), make("other", 1, [0.0, 0.2]))
+    found = {row.arm: row for row in summarize(made, MEASURE).arms}
+    assert found["old"].at["episodes"] is None
+    assert found["old"].at["final"] == Estimate(0.9, None, None, 1)
+
+
+def test_a_last_evaluation_that_is_no_number_is_not_replaced_by_the_one_before():
+    made = study(make("new", 1, [0.0, 0.5, math.nan]), make("old", 1, [0.0, 0.5, 0.6]))
+    found = {row.arm: row.at["final"] for row in summarize(made, MEASURE).arms}
+    assert (found["new"], found["old"]) == (None, Estimate(0.6, None, None, 1))
+
+
+def test_a_measure_of_unseen_variations_has_the_trained_ones_beside_it(tmp_path: Path):
+    made = replace(study(*pair([0.6, 0.7], [0.2, 0.3])), measure="eval_score_mean")
+    made = replace(made, records=tuple(replace(r, evaluations=tuple({**line, "eval_score_mean": 0.1} for line in
+                                                                   r.evaluations)) for r in made.records))  # fmt: skip
+    report.write(made, tmp_path)
+    assert "## Trained\n\n`eval_train_score_mean`" in (tmp_path / "results.md").read_text()
+
+
 def test_cells_without_a_partner_count_for_their_arm_and_not_for_the_difference():
     records = [make("new", 1, [0.0, 0.5]), make("new", 2, [0.0, 0.9]), make("old", 1, [0.0, 0.2]),
                make("old", 2, [0.0, 0.0], state="failed", detail="boom")]  # fmt: skip
@@ -381,21 +416,32 @@ def test_a_report_of_nothing_is_a_report(tmp_path: Path):
     assert "0.00" not in page
 
 
-def test_runs_with_other_settings_or_on_other_machines_are_named(tmp_path: Path):
+def test_runs_with_other_weights_or_on_other_machines_are_named(tmp_path: Path):
     one, other = pair([0.6], [0.2])
     other = replace(
         other,
-        changed=("train.steps = 9 (the file: 1)",),
-        provenance={**other.provenance, "machine": {"processor": "Q", "cores": 4}, "code": "def"},
+        provenance={**other.provenance, "machine": {"processor": "Q", "cores": 4}, "code": "def", "weights": "w2"},
     )
+    one = replace(one, provenance={**one.provenance, "weights": "w1"})
     text = tables.repeat_section(study(one, other), summarize(study(one, other), MEASURE))
-    assert "old, seed 1 ran with other settings than the file: train.steps = 9 (the file: 1)" in text
+    assert "not all trainings began with the same weights**: w1, w2" in text
     assert "P, 2 cores; Q, 4 cores" in text
     assert "seconds are of more than one machine" in text
     assert "code: abc, def" in text
 
 
 # --- figures ---
+
+
+def test_many_arms_look_different_and_odd_ones_are_drawn(tmp_path: Path):
+    arms = [f"arm {n}" for n in range(12)]
+    made = study(*(make(arm, 1, [0.0, 0.5]) for arm in arms))
+    assert len(set(curves._colours(made).values())) == 14
+    apart = [replace(make("a $x", 1, [0.0, 0.5]), metrics=()), make("$\\frac{", 2, [math.nan, 0.2])]
+    apart += [make("a $x", 1, [0.1, math.nan, math.nan]), make("a $x", 2, [math.nan, math.nan, 0.2])]
+    made = study(*apart, compare=("a $x", "$\\frac{"))
+    curves.draw_curves(made, tmp_path)
+    curves.draw_diagnostics(made, tmp_path)
 
 
 def test_figures_are_the_same_bytes_each_time(tmp_path: Path):

@@ -142,6 +142,21 @@ def test_a_run_whose_checkpoints_were_removed_is_not_begun_again(tmp_path: Path)
     assert (run.metrics(), run.trajectories(2)) == before
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_first_checkpoint_goes_on(tmp_path: Path, monkeypatch):
+    recipe = smoke(("train.steps", 2), ("train.checkpoint_every", 2))
+    straight = run_training(tmp_path / "straight", recipe)
+
+    def killed(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(tmp_path / "killed", recipe)
+    assert len(RunFolder(tmp_path / "killed").metrics()) == 2
+    assert fingerprint(run_training(tmp_path / "killed", recipe)) == fingerprint(straight)
+
+
 @pytest.mark.parametrize("name", ["checkpoints/step_000001/state.json", "metrics.jsonl", "run.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, capsys):
     run = run_training(tmp_path / "run", smoke(("train.steps", 1)))

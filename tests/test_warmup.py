@@ -138,6 +138,14 @@ def test_lessons_are_in_other_games_than_are_trained_on_or_chosen_from():
         other_games(recipe(("warmup.first_variation", 1000)), suite, trained)
 
 
+def test_train_variations_that_are_evaluated_as_unseen_are_not_walked_in():
+    settings = recipe(("eval.split", "train"), ("eval.num_variations", 3), ("warmup.first_variation", 0))
+    suite = make_suite(settings)
+    trained = train_tasks(settings, suite)
+    walked = {game.variation for game in other_games(settings, suite, trained)}
+    assert [number for number in range(10) if number not in walked] == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_a_lesson_in_tokens(classroom: Classroom, tokenizer: Any):
     """The tip of each state stands in the turn of that state; actions and the tip at the end are trained, no more."""
     way = right_way(0)
@@ -218,6 +226,22 @@ def test_the_whole_command(tmp_path: Path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+def test_a_policy_that_was_not_measured_does_not_lie_where_training_looks(tmp_path: Path, monkeypatch):
+    flags = [part for name, value in FEW for part in (f"--{name}", str(value))]
+
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("empo2.warmup.measured", interrupted)
+    assert main(["warmup", "lock", "--model.path", str(tmp_path / "warm"), *flags]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["warm-unmeasured"]
+
+
+def test_our_own_models_are_not_written_over(capsys):
+    assert main(["warmup", "lock", "--model.path", "tiny-random"]) == 2
+    assert "name a new folder" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path):
     flags = [part for name, value in FEW for part in (f"--{name}", str(value))]
     for name in ("one", "two"):
@@ -235,6 +259,11 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path):
         ({"warmup.tips": "1.5"}, "warmup.tips is a probability"),
         ({"warmup.base": "nowhere"}, "no/model"),
         ({"warmup.max_score": "-1"}, "more than warmup.max_score"),
+        ({"memory.source": "other", "env.num_variations": "1"}, "needs tasks with memories of their own"),
+        ({"model.max_tokens": "5000"}, "exceed the model's context"),
+        ({"model.max_tokens": "32"}, "leaves no room for an action"),
+        ({"warmup.tasks": "lock-6", "env.max_turns": "5", "warmup.tips": "1"}, "no walk got to the goal"),
+        ({"train.algorithm": "grop"}, "no algorithm 'grop'"),
     ],
 )
 def test_what_cannot_be_warmed_up_is_refused(tmp_path: Path, capsys, changes, said):
@@ -245,3 +274,9 @@ def test_what_cannot_be_warmed_up_is_refused(tmp_path: Path, capsys, changes, sa
     assert main(["warmup", "lock", "--model.path", str(tmp_path / "warm"), *flags]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "warm").exists(), "nothing that training would take for a warmed model"
+    if "max_score" in said:  # and again, over the policy that was refused
+        assert main(["warmup", "lock", "--model.path", str(tmp_path / "warm"), *flags]) == 2
+        assert said in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["warm-refused"]
+    else:
+        assert not list(tmp_path.glob("warm*")), "refused before anything was learnt"

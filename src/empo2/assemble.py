@@ -1,5 +1,6 @@
 """A recipe → the parts of a run, checked before anything starts."""
 
+import math
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +104,7 @@ def preflight(config: Config) -> None:
 
     algorithm(config)
     environment = make_suite(config)
-    _shown_instead(config, train_tasks(config, environment))
+    scopes_instead(config, train_tasks(config, environment))
     environment.check()
     device_of(config)
     if config.model.path not in (models.TINY, *models.WHEELS):
@@ -138,12 +139,12 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
     path, seed = config.model.path, config.train.seed
     sampled = models.load_model(path, dtype=precision.DTYPES[config.model.sampler_dtype], device=device, seed=seed)
     longest = models.context_length(sampled.config)
-    _check_length(config, chat, longest)
+    check_length(config, chat, longest)
     learner = _learner(config, device) if with_learner else None
     connection = store.open_store(store_path)
     memory = TipMemory(
         connection,
-        threshold=config.memory.threshold,
+        threshold=config.memory.threshold if config.memory.source == "own" else -math.inf,
         k=config.memory.k,
         rank=config.memory.rank,
         max_entries=config.memory.max_entries,
@@ -163,8 +164,8 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
             environment, pool, trained, count=config.prompt.examples, max_turns=config.prompt.max_example_turns
         )
         rules = prompt_rules(config, chat, environment)
-        _check_context(rules, examples, trained)
-        shown_instead = _shown_instead(config, trained)
+        check_context(rules, examples, trained)
+        shown_instead = scopes_instead(config, trained)
     except BaseException:
         pool.close()
         raise
@@ -216,7 +217,7 @@ def make_embedder(config: Config, device: str) -> Embedder:
     return CachedEmbedder(SentenceEmbedder(models.locate(models.MINILM), device=device))
 
 
-def _shown_instead(config: Config, tasks: Sequence[Task]) -> dict[str, str]:
+def scopes_instead(config: Config, tasks: Sequence[Task]) -> dict[str, str]:
     """Memory scope → the scope whose tips are shown in its place: with `memory.source = "other"` the next one's."""
     if config.memory.source == "own":
         return {}
@@ -229,7 +230,7 @@ def _shown_instead(config: Config, tasks: Sequence[Task]) -> dict[str, str]:
     return dict(zip(scopes, [*scopes[1:], scopes[0]], strict=True))
 
 
-def _check_context(rules: PromptRules, examples: WorkedExamples, tasks: Sequence[Task]) -> None:
+def check_context(rules: PromptRules, examples: WorkedExamples, tasks: Sequence[Task]) -> None:
     """Refuse a token limit in which not even the worked examples and a first action fit."""
     for task in tasks:
         shown = examples.of(task)
@@ -242,7 +243,7 @@ def _check_context(rules: PromptRules, examples: WorkedExamples, tasks: Sequence
             )
 
 
-def _check_length(config: Config, chat: ChatFormat, longest: int) -> None:
+def check_length(config: Config, chat: ChatFormat, longest: int) -> None:
     """Refuse episodes that may outgrow the model's context, with the tips shown in them and the one written after."""
     needed = {"model.max_tokens": config.model.max_tokens}
     if config.modes.p > 0:

@@ -119,7 +119,7 @@ class MemoryConfig:
     """Which tasks share entries: the same variation (the paper), the same task name, or all."""
     source: Literal["own", "other"] = "own"
     """Whose entries are shown: those of the task's scope, or of the next training task's (a control: tips that must
-    not help)."""
+    not help; `threshold` does not count, so that as many are shown, however unlike their states are)."""
     entries: Literal["turn", "final"] = "turn"
     """One entry per turn under that turn's state (the paper), or one under the final state."""
     suffix: Literal["action", "actions", "state_actions"] = "action"
@@ -247,7 +247,8 @@ class WarmupConfig:
     first_variation: int = 0
     """Train variations below this number are not walked in: they are kept to choose tasks from."""
     tips: float = 0.5
-    """Share of episodes in which the tips of a walk to the goal are shown and followed."""
+    """Probability of an episode in which the tips of a walk to the goal are shown and followed; in games where no walk
+    gets there, another game is drawn."""
     faithful: float = 0.9
     """Probability with which a shown tip is followed; otherwise the action is random."""
     max_score: float = 0.15

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from empo2 import prompts, sequences
 from empo2.config import WarmupConfig
 from empo2.episode import LiveEpisode, PromptRules
+from empo2.errors import UsageError
 from empo2.examples import WorkedExamples
 from empo2.learner import Learner
 from empo2.memory import Retrieval
@@ -26,6 +27,8 @@ from empo2.types import (
 )
 from empo2.walks import Walk, follow, random_walk, walk_to_the_goal
 
+IN_VAIN = 1_000  #: games one after the other in which no walk got to the goal, after which none is looked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
@@ -38,13 +41,22 @@ class Lesson:
 def lessons(
     settings: WarmupConfig, environment: Environment, games: Sequence[Task], *, turns: int, seed: int
 ) -> Iterator[Lesson]:
-    """Episodes of at most ``turns`` to imitate, without end."""
+    """Episodes of at most ``turns`` to imitate, without end. Raises UsageError where no walk gets to the goal."""
     rng = random.Random(f"warmup/{seed}")
+    in_vain = 0
     while True:
         game = rng.choice(games)
         if rng.random() >= settings.tips:
             yield Lesson(walk=random_walk(environment, game, turns, rng), shown=None)
-        elif (way := walk_to_the_goal(environment, game, turns, rng)) is not None:
+        elif (way := walk_to_the_goal(environment, game, turns, rng)) is None:
+            in_vain += 1
+            if in_vain == IN_VAIN:
+                raise UsageError(
+                    f"no walk got to the goal in {IN_VAIN} games, so no tips can be shown: they are too hard for "
+                    f"random walks in {turns} turns; raise env.max_turns, or name easier ones in warmup.tasks"
+                )
+        else:
+            in_vain = 0
             followed = follow(environment, way, rng, faithful=settings.faithful, turns=turns)
             yield Lesson(walk=followed, shown=way)
 
@@ -96,6 +108,11 @@ class Classroom:
                 break
             episode.act(self._said(action))
             episode.observe(answer, len(walk.actions))
+        if not episode.turns:
+            raise UsageError(
+                f"the first turn of {walk.task} leaves no room for an action within model.max_tokens = "
+                f"{self.rules.max_tokens}; raise it"
+            )
         trajectory = episode.finish(0, None)
         return replace(trajectory, tip=tip_of(trajectory)), episode.tip_prompt(self.longest)
 

@@ -33,7 +33,7 @@ from empo2 import config as configs
 from empo2.algorithms import Advantages
 from empo2.config import Config
 from empo2.errors import CheckpointError, UsageError
-from empo2.models import file_sha256
+from empo2.models import file_sha256, weights_digest
 from empo2.types import Trajectory, TrajectoryGroup, Turn
 
 
@@ -54,7 +54,7 @@ class Checkpoint:
         return self.folder / "optimizer.safetensors"
 
     def state(self) -> dict[str, Any]:
-        return _read_object(self.folder / "state.json")
+        return read_object(self.folder / "state.json")
 
     def verify(self) -> None:
         """Raise CheckpointError unless every file has the sha256 that state.json lists."""
@@ -120,7 +120,7 @@ class RunFolder:
         return configs.from_dict(configs.read_toml(self.path / "config.toml"))
 
     def provenance(self) -> dict[str, Any]:
-        return _read_object(self.path / "run.json")
+        return read_object(self.path / "run.json")
 
     @property
     def store(self) -> Path:
@@ -173,7 +173,7 @@ class RunFolder:
         """Complete checkpoints, oldest first."""
         found = []
         for state in sorted((self.path / "checkpoints").glob("step_*/state.json")):
-            content = _read_object(state)
+            content = read_object(state)
             found.append(Checkpoint(state.parent, content["step"], content["policy_version"]))
         return found
 
@@ -200,10 +200,10 @@ class RunFolder:
         state = {"step": step, "policy_version": policy_version, "sha256": sha256 | dict(digests), **extra}
         (scratch / "state.json").write_text(json.dumps(state, indent=1))
         for path in (*files, scratch / "state.json", scratch):
-            _flush(path)
+            flush(path)
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old.folder)
         return Checkpoint(target, step, policy_version)
@@ -211,7 +211,7 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         scratch = self.path / f".{name}.writing"
         scratch.write_text(text, encoding="utf-8")
-        _flush(scratch)
+        flush(scratch)
         scratch.replace(self.path / name)
 
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
@@ -219,7 +219,8 @@ class RunFolder:
             file.write(json.dumps(content) + "\n")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Until it is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -227,12 +228,14 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON file's object. Raises CheckpointError where there is none."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error}); the run cannot be used without it") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no object); the run cannot be used without it")
     return content
 
 
@@ -308,6 +311,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "machine": {"system": platform.platform(), "processor": processor(), "cores": available_cores()},
+        "weights": weights_digest(config.model.path),
         "seed": config.train.seed,
         "threads": config.train.threads or available_cores(),
     }

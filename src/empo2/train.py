@@ -229,7 +229,7 @@ def resume(parts: Parts, run: RunFolder) -> tuple[int, int]:
     """
     found = run.checkpoints()
     done = max((line["step"] for line in run.metrics()), default=0)
-    if not found and done >= parts.config.train.checkpoint_every:
+    if not found and done > parts.config.train.checkpoint_every:
         raise CheckpointError(
             f"{run.path} ran {done} steps but holds no checkpoint any more, so it cannot go on; start a new run"
         )

@@ -1,7 +1,7 @@
 """Warm-up: a model too small to act at all learns the *form* of acting by imitating random walks.
 
-The walks are in other games than those of the recipe. One half shows nothing but how to act; in the other half the tips
-of an earlier walk to the goal are shown and followed, so that the model learns that a tip can be read. Each episode
+The walks are in other games than those of the recipe. Some show nothing but how to act; in the others the tips of an
+earlier walk to the goal are shown and followed, so that the model learns that a tip can be read. Each episode
 ends with a tip that says how it went. What is learnt of any one game is worth nothing in another, so the warmed policy
 is a random walker that can read and write tips; every arm of a comparison starts from the same one.
 
@@ -11,6 +11,7 @@ Left out on purpose: the walks (walks.py), how they are rendered and imitated (l
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,13 +20,17 @@ from typing import Any
 import torch
 
 from empo2 import metrics, models, precision, prompts
+from empo2.algorithms import algorithm
 from empo2.assemble import (
     Parts,
     assemble,
+    check_context,
+    check_length,
     device_of,
     make_suite,
     prompt_rules,
     resolved,
+    scopes_instead,
     split_tasks,
     train_tasks,
 )
@@ -48,10 +53,14 @@ VOCABULARY_LESSONS = 500  #: from which a new tokenizer takes its words
 
 
 def other_games(config: Config, suite: Suite, trained: Sequence[Task]) -> list[Task]:
-    """Train variations from `warmup.first_variation` on whose number is not trained on. Raises UsageError."""
+    """Train variations from `warmup.first_variation` on whose number is neither trained on nor evaluated.
+
+    Raises UsageError if there are none.
+    """
     names = config.warmup.tasks or config.env.tasks
     check_tasks(suite, names)
-    kept = {task.variation for task in trained}
+    unseen = split_tasks(config, suite, config.eval.split, config.eval.num_variations, but=trained)
+    kept = {task.variation for task in (*trained, *(unseen if config.eval.split == "train" else ()))}
     others = [
         Task(environment=suite.name, name=name, variation=variation)
         for name in names
@@ -69,15 +78,20 @@ def other_games(config: Config, suite: Suite, trained: Sequence[Task]) -> list[T
 def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
     """Make the recipe's policy: imitate, save it as an ordinary model folder at `model.path`, measure it.
 
-    Returns what `warmup.json` in the folder says. Raises UsageError if the folder exists, or if the policy scores more
-    than `warmup.max_score` on the recipe's tasks.
+    Returns what `warmup.json` in the folder says. Until it is measured it lies in `model.path`-unmeasured. Raises
+    UsageError if the folder exists, or if the policy scores more than `warmup.max_score` on the recipe's tasks: then
+    it lies in `model.path`-refused.
     """
     folder = Path(config.model.path).expanduser()
+    if config.model.path in (models.TINY, models.WORDS, *models.WHEELS):
+        raise UsageError(f"model.path = {config.model.path!r} is a model of ours; name a new folder with --model.path")
     if folder.exists():
         raise UsageError(f"{folder} is there already; remove it, or warm up into another folder with --model.path")
+    algorithm(config)
     suite = make_suite(config)
     suite.check()
     trained = train_tasks(config, suite)
+    scopes_instead(config, trained)
     games = other_games(config, suite, trained)
     torch.set_num_threads(config.train.threads or available_cores())
     environment = suite.open()
@@ -90,6 +104,8 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
         tokenizer, model = _base(config, suite, taught())
         rules = prompt_rules(config, ChatFormat.of(tokenizer), suite)
         examples = _examples(config, suite, trained)
+        check_length(config, rules.chat, models.context_length(model.config))
+        check_context(rules, examples, trained)
         longest = models.context_length(model.config) - tip_room(rules.chat, config.memory.tip_tokens)
         classroom = Classroom(rules=rules, examples=examples, suffix=config.memory.suffix, longest=longest)
         dtype = precision.DTYPES[resolved(config).model.trainer_dtype]
@@ -103,9 +119,12 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
         imitate(learner, classroom, taught(), config.warmup, told)
     finally:
         environment.close()
+    made, refused = (folder.with_name(f"{folder.name}-{what}") for what in ("unmeasured", "refused"))
+    for old in (made, refused):
+        shutil.rmtree(old, ignore_errors=True)
     model.requires_grad_(True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
     note = {
         "from": config.warmup.base,
         "warmup": asdict(config.warmup),
@@ -116,15 +135,16 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
             if (used := [game.variation for game in games if game.name == name])
         },
         "code": code_version(),
-        **measured(config),
+        **measured(replace(config, model=replace(config.model, path=str(made)))),
     }
-    (folder / "warmup.json").write_text(json.dumps(note, indent=1))
+    (made / "warmup.json").write_text(json.dumps(note, indent=1))
     if note["score"] > config.warmup.max_score:
-        refused = folder.rename(folder.with_name(f"{folder.name}-refused"))
+        made.rename(refused)
         raise UsageError(
             f"the warmed policy ({refused}) scores {note['score']:.3f} on the recipe's tasks, more than "
             f"warmup.max_score = {config.warmup.max_score}: they are too easy to show anything; choose harder ones"
         )
+    made.rename(folder)
     return note
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ import tomli_w
 from empo2 import config as configs
 from empo2.config import nearest, read_toml
 from empo2.errors import ConfigError, UsageError
-from empo2.experiment.gather import beside, is_busy, is_done, report
+from empo2.experiment.gather import asked_tips, beside, is_busy, is_done, report
 from empo2.experiment.plan import Cell, Experiment, differences
 from empo2.report import curves
-from empo2.run import available_cores
+from empo2.run import available_cores, flush
 
 EMPO2 = (sys.executable, "-m", "empo2")
-TIPS = {"none": (), "own": ("--memory", "run"), "other": ("--memory", "run", "--memory.source", "other")}
+TIPS = {
+    "none": (),
+    "own": ("--memory", "run", "--memory.source", "own"),
+    "other": ("--memory", "run", "--memory.source", "other"),
+}
 ATTEMPTS = 2
 LOG_LINES = 5  #: of a failed cell that are kept
 
@@ -89,6 +94,14 @@ def _check_unchanged(cells: Sequence[Cell], out: Path) -> None:
                 f"{out / cell.place} ran with {', '.join(changed)}; delete it, choose another --out, or change the "
                 "experiment file back"
             )
+        folder = out / cell.place
+        gone = is_done(folder) and not (folder / "checkpoints").exists()
+        if gone and not _is_complete(cell, folder):
+            raise ConfigError(
+                f"{folder} is done and its checkpoint deleted, but its evaluations with tips are not those that the "
+                "file asks for (evaluate_tips, tips_episodes, tips_temperature); delete it, choose another --out, or "
+                "change the file back"
+            )
 
 
 def _prepare(cells: Sequence[Cell], out: Path, say: Say) -> None:
@@ -99,9 +112,11 @@ def _prepare(cells: Sequence[Cell], out: Path, say: Say) -> None:
     from empo2 import models
     from empo2.assemble import needed_models, preflight, resolved
 
-    for recipe in {(cell.task, cell.arm): cell.recipe for cell in cells}.values():
-        preflight(recipe)
-        for name in needed_models(recipe):
+    for cell in {(cell.task, cell.arm): cell for cell in cells}.values():
+        preflight(cell.recipe)
+        if "other" in cell.evaluates:
+            preflight(replace(cell.recipe, memory=replace(cell.recipe.memory, source="other")))
+        for name in needed_models(cell.recipe):
             say(f"fetching {name} (once) …")
             models.fetch(name)
     for cell in cells:
@@ -142,7 +157,7 @@ def _run_cells(experiment: Experiment, cells: Sequence[Cell], out: Path, jobs: i
 
 def _is_complete(cell: Cell, folder: Path) -> bool:
     """Done, evaluations included: those may have been asked for later."""
-    return is_done(folder) and set(cell.evaluates) <= set(_tips(folder))
+    return is_done(folder) and set(cell.evaluates) <= set(asked_tips(cell, folder))
 
 
 def _tell(cell: Cell, out: Path, states: Sequence[str], total: int, say: Say) -> None:
@@ -198,7 +213,10 @@ class Children:
                 )
                 self._running.add(process)
             try:
-                return process.wait() == 0
+                status = process.wait()
+                if status < 0:
+                    told.write(f"ended by {signal.Signals(-status).name}\n".encode())
+                return status == 0
             finally:
                 with self._lock:
                     self._running.discard(process)
@@ -216,15 +234,17 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path, children: Childre
     state, log = beside(folder, ".state.json"), beside(folder, ".log")
     if not is_done(folder):
         state.unlink(missing_ok=True)
+    trained = False
     for _ in range(ATTEMPTS):
-        if _train(cell, folder, log, children) and _evaluate(experiment, cell, folder, log, children):
+        trained = _train(cell, folder, log, children)
+        if trained and _evaluate(cell, folder, log, children):
             _write(state, {"done": True})
             if not experiment.keep_checkpoints:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return "finished"
         if children.interrupts:
             return "stopped"
-    _write(state, {"done": is_done(folder), "failed": last_lines(log)})  # done: only the evaluations failed
+    _write(state, {"done": trained, "failed": last_lines(log)})  # done: only the evaluations failed
     return "failed"
 
 
@@ -241,36 +261,29 @@ def _train(cell: Cell, folder: Path, log: Path, children: Children) -> bool:
     return children.call(["train", str(beside(folder, ".toml")), "--run", str(folder)], log)
 
 
-def _evaluate(experiment: Experiment, cell: Cell, folder: Path, log: Path, children: Children) -> bool:
+def _evaluate(cell: Cell, folder: Path, log: Path, children: Children) -> bool:
     """Evaluate on the trained variations with no tips, its own and another task's, into tips.json."""
     env = cell.recipe.env
     common = ["evaluate", str(folder), "--split", "train", "--json"]
     common += ["--variations", str(len(env.variations) or env.num_variations)]
-    common += ["--episodes", str(experiment.tips_episodes)]
-    if experiment.tips_temperature >= 0:
-        common += ["--eval.temperature", str(experiment.tips_temperature)]
+    common += ["--episodes", str(cell.asked["episodes"]), "--eval.temperature", str(cell.asked["temperature"])]
     output = beside(folder, ".tips.json")
     for name in cell.evaluates:
-        found = _tips(folder)
-        if name in found:
+        if name in (found := asked_tips(cell, folder)):
             continue
         if not children.call([*common, *TIPS[name]], log, output=output):
             return False
-        _write(folder / "tips.json", found | {name: json.loads(output.read_text(encoding="utf-8").splitlines()[-1])})
+        made = json.loads(output.read_text(encoding="utf-8").splitlines()[-1])
+        _write(folder / "tips.json", found | {name: made | {"asked": dict(cell.asked)}})
     output.unlink(missing_ok=True)
     return True
-
-
-def _tips(folder: Path) -> dict[str, Any]:
-    path = folder / "tips.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content
 
 
 def _write(path: Path, content: Any) -> None:
     """Whole or not at all."""
     scratch = path.with_name(f".{path.name}.writing")
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    flush(scratch)
     scratch.replace(path)
 
 

@@ -8,16 +8,17 @@ import datetime
 import gzip
 import json
 import shlex
+import zlib
 from pathlib import Path
 from typing import Any
 
 from empo2 import report as reports
 from empo2.config import read_toml
-from empo2.errors import UsageError
+from empo2.errors import CheckpointError, UsageError
 from empo2.experiment.plan import Cell, Experiment, differences
 from empo2.report import curves
 from empo2.report.records import Record, State, Study
-from empo2.run import RunFolder
+from empo2.run import RunFolder, read_object
 
 
 def report(experiment: Experiment, out: Path, results: Path) -> None:
@@ -63,12 +64,20 @@ def beside(folder: Path, suffix: str) -> Path:
 
 def failure(folder: Path) -> list[str]:
     """The last lines of the log of a cell that failed; empty for others."""
-    return list(_json(beside(folder, ".state.json")).get("failed", []))
+    return list(read_json(beside(folder, ".state.json")).get("failed", []))
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a cell and its evaluations have been done in an out folder."""
-    return bool(_json(beside(folder, ".state.json")).get("done"))
+    """Whether a cell has been trained in an out folder, and is still there."""
+    return (folder / "config.toml").exists() and bool(read_json(beside(folder, ".state.json")).get("done"))
+
+
+def asked_tips(cell: Cell, folder: Path) -> dict[str, Any]:
+    """The evaluations with tips that a cell asks for, as far as they were made, and made as it asks."""
+    found = read_json(folder / "tips.json")
+    return {
+        name: found[name] for name in cell.evaluates if name in found and found[name].get("asked") == dict(cell.asked)
+    }
 
 
 def is_busy(folder: Path) -> bool:
@@ -86,8 +95,16 @@ def is_trained(folder: Path) -> bool:
     """Whether a run folder, or its copy, holds the last step and the evaluation after it."""
     if not (folder / "config.toml").exists():
         return False
-    steps = read_toml(folder / "config.toml")["train"]["steps"]
+    steps = _steps(folder)
     return all(lines and lines[-1]["step"] == steps for lines in (_metrics(folder), RunFolder(folder).evaluations()))
+
+
+def _steps(folder: Path) -> int:
+    """Training steps of a run. Raises CheckpointError."""
+    steps = read_toml(folder / "config.toml").get("train", {}).get("steps")
+    if not isinstance(steps, int):
+        raise CheckpointError(f"{folder / 'config.toml'} is damaged; delete {folder}")
+    return steps
 
 
 def record(cell: Cell, out: Path, results: Path) -> Record:
@@ -95,7 +112,8 @@ def record(cell: Cell, out: Path, results: Path) -> Record:
     own, copy = out / cell.place, results / "cells" / cell.place
     here = (own / "config.toml").exists() or bool(failure(own))
     folder = own if here else copy
-    lines = failure(own) if here else list(_json(copy / "failed.json").get("failed", []))
+    told = read_json(beside(own, ".state.json") if here else copy / "failed.json")
+    lines, trained_well = list(told.get("failed", [])), bool(told.get("done"))
     if not (folder / "config.toml").exists():
         return Record(
             task=cell.task,
@@ -106,10 +124,13 @@ def record(cell: Cell, out: Path, results: Path) -> Record:
             provenance={},
         )
     metrics = _metrics(folder)
-    tips = _json(folder / "tips.json")
-    state, detail = _state(folder, lines, metrics)
-    evaluated = set(tips) >= set(cell.evaluates)
+    tips = asked_tips(cell, folder)
+    evaluated = set(tips) == set(cell.evaluates)
     missing = "" if evaluated else f"failed: {lines[-1]}" if lines else "not yet"
+    changed = differences(cell.recipe, read_toml(folder / "config.toml"))
+    state, detail = _state(folder, [] if trained_well else lines, metrics)
+    if changed:
+        state, detail = "other settings", ", ".join(changed)
     return Record(
         task=cell.task,
         arm=cell.arm,
@@ -121,26 +142,25 @@ def record(cell: Cell, out: Path, results: Path) -> Record:
         tips=tips if tips and evaluated else None,
         tips_missing=missing,
         provenance=_provenance(folder),
-        changed=tuple(differences(cell.recipe, read_toml(folder / "config.toml"))),
     )
 
 
 def _state(folder: Path, failed: list[str], metrics: list[dict[str, Any]]) -> tuple[State, str]:
-    """A run's state and its detail."""
-    if is_trained(folder):
-        return "finished", ""
+    """A run's state and its detail; ``failed``: the last lines of a training that failed."""
     if failed:
         return "failed", failed[-1]
-    steps = read_toml(folder / "config.toml")["train"]["steps"]
+    if is_trained(folder):
+        return "finished", ""
     step = metrics[-1]["step"] if metrics else 0
-    return "running" if is_busy(folder) else "stopped", f"step {step} of {steps}"
+    return "running" if is_busy(folder) else "stopped", f"step {step} of {_steps(folder)}"
 
 
 def _copy(cell: Cell, folder: Path, target: Path) -> None:
     """Copy a finished cell's small files, or how it failed."""
     if lines := failure(folder):
         target.mkdir(parents=True, exist_ok=True)
-        (target / "failed.json").write_text(json.dumps({"failed": lines}, indent=1) + "\n", encoding="utf-8")
+        told = {"done": is_done(folder), "failed": lines}
+        (target / "failed.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     elif (folder / "config.toml").exists():
         (target / "failed.json").unlink(missing_ok=True)
     if not is_trained(folder):
@@ -151,7 +171,7 @@ def _copy(cell: Cell, folder: Path, target: Path) -> None:
     (target / "run.json").write_text(json.dumps(_provenance(folder), indent=1) + "\n", encoding="utf-8")
     with (target / "metrics.jsonl.gz").open("wb") as raw, gzip.GzipFile("", mode="wb", fileobj=raw, mtime=0) as file:
         file.write("".join(json.dumps(line) + "\n" for line in _metrics(folder)).encode())
-    if cell.evaluates and (tips := _json(folder / "tips.json")):
+    if tips := asked_tips(cell, folder):
         kept = {name: {key: value for key, value in found.items() if key != "model"} for name, found in tips.items()}
         (target / "tips.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
@@ -159,7 +179,7 @@ def _copy(cell: Cell, folder: Path, target: Path) -> None:
 def _provenance(folder: Path) -> dict[str, Any]:
     """run.json with the day on which it was written, and without the folders of the machine."""
     path = folder / "run.json"
-    told = _json(path)
+    told = read_json(path)
     if told and "date" not in told:
         told["date"] = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
     if told.get("command"):
@@ -172,17 +192,17 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     copied = folder / "metrics.jsonl.gz"
     if not copied.exists():
         return [{key: _short(value) for key, value in line.items()} for line in RunFolder(folder).metrics()]
-    with gzip.open(copied, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    try:
+        with gzip.open(copied, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise CheckpointError(f"{copied} is damaged ({error}); delete {folder}") from None
 
 
 def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty if there is no such file."""
-    if not path.exists():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty if there is no such file. Raises CheckpointError for a damaged one."""
+    return read_object(path) if path.exists() else {}

@@ -3,6 +3,7 @@
 A recipe is put together from the experiment's recipe, then [settings], then the task's, then the arm's settings.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ _KIND_NAMES = {
 
 #: what all arms of a task must have in common, beside whole sections
 EQUAL_SECTIONS = ("model", "env", "eval", "prompt")
-EQUAL_KEYS = ("collect.groups_per_step", "collect.group_size")
+EQUAL_KEYS = ("collect.groups_per_step", "collect.group_size", "collect.max_action_tokens")
+#: what cannot change a run's numbers
+WITHOUT_EFFECT = ("train.checkpoint_every", "train.keep_checkpoints")
 SET_BY_EXPERIMENT = {"train.seed": "seeds", "train.threads": "threads"}
 
 
@@ -55,6 +58,7 @@ class Cell:
     seed: int
     recipe: Config
     evaluates: tuple[str, ...]  #: afterwards, with tips: `none`; arms that act with tips also `own` and `other`
+    asked: Mapping[str, float]  #: of those evaluations: episodes a variation, temperature
 
     def __str__(self) -> str:
         return f"{self.task}, {self.arm}, seed {self.seed}"
@@ -94,8 +98,12 @@ def load(path: Path) -> Experiment:
         raise ConfigError(f"there is no experiment file {path}; name a .toml file")
     values = _top_values(configs.read_toml(path))
     for key, smallest in (("threads", 1), ("tips_episodes", 1), ("ratio_from", 0)):
-        if values[key] < smallest:
+        if not values[key] >= smallest:
             raise ConfigError(f"{key} must be at least {smallest}, got {values[key]}; set {key}")
+    if not math.isfinite(values["tips_temperature"]):
+        raise ConfigError(f"tips_temperature = {values['tips_temperature']} is no temperature; set tips_temperature")
+    if Path(values["name"]).name != values["name"]:
+        raise ConfigError(f"name = {values['name']!r} must be a name without folders; set name")
     recipe_values = configs.read_recipe(values["recipe"], path.parent)
     arms, seeds = _arms(values)
     tasks = {name: _settings(f"tasks.{name}", entries) for name, entries in values["tasks"].items()}
@@ -214,7 +222,7 @@ def _compare(named: Sequence[Any], seeds: Mapping[str, tuple[int, ...]]) -> tupl
     if len(named) != 2:
         raise ConfigError(f"compare = {named!r} must name two arms, the first minus the second; set compare")
     for arm in named:
-        if arm not in seeds:
+        if not isinstance(arm, str) or arm not in seeds:
             raise ConfigError(f"compare names {arm!r}, which is no arm; {nearest(str(arm), list(seeds))}")
     first, second = named
     if first == second:
@@ -289,12 +297,17 @@ def _cells(
         for (task, arm), recipe in recipes.items():
             if seed in seeds[arm]:
                 own = [("train.seed", seed), ("train.threads", values["threads"])]
+                temperature = values["tips_temperature"]
                 yield Cell(
                     task=task,
                     arm=arm,
                     seed=seed,
                     recipe=configs.from_dict(configs.with_overrides(configs.to_dict(recipe), own)),
                     evaluates=_evaluations(recipe) if values["evaluate_tips"] else (),
+                    asked={
+                        "episodes": values["tips_episodes"],
+                        "temperature": temperature if temperature >= 0 else recipe.eval.temperature,
+                    },
                 )
 
 
@@ -303,12 +316,12 @@ def _evaluations(recipe: Config) -> tuple[str, ...]:
 
 
 def differences(recipe: Config, ran: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Settings in which a run's config.toml differs from a recipe. What only one of them has, or the recipe leaves to
-    the machine (auto), does not count."""
-    found = []
+    """Settings in which a run's config.toml differs from a recipe. A setting that is younger than the run counts with
+    its default; one that the recipe leaves to the machine (auto), or that changes no number, does not count."""
+    found, defaults = [], flat(Config())
     for name, wanted in flat(recipe).items():
         section, key = name.split(".")
-        value = ran.get(section, {}).get(key, wanted)
-        if value != wanted and wanted != "auto":
+        value = ran.get(section, {}).get(key, defaults[name])
+        if value != wanted and wanted != "auto" and name not in WITHOUT_EFFECT:
             found.append(f"{name} = {value!r} (the file: {wanted!r})")
     return found

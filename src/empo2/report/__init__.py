@@ -18,8 +18,9 @@ def write(study: Study, folder: Path) -> None:
     """Write the report. Raises MissingPart where matplotlib is not installed, before anything is written."""
     curves.require()
     summary = summarize(study, study.measure)
-    unseen = study.measure.replace("eval_train_", "eval_", 1)
-    other = summarize(study, unseen) if unseen != study.measure and _evaluated(study, unseen) else None
+    split = ("eval_train_", "eval_") if study.measure.startswith("eval_train_") else ("eval_", "eval_train_")
+    beside = study.measure.replace(*split, 1)
+    other = summarize(study, beside) if beside != study.measure and _evaluated(study, beside) else None
     tips = tips_scores(study)
     places = verdict.digits(summary)
     verdicts, tips_verdicts = verdict.verdict(study, summary), verdict.tips_verdict(tips, places)

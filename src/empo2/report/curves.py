@@ -16,7 +16,7 @@ from empo2.report.statistics import Curve, band
 
 #: Okabe and Ito's palette, told apart by colour-blind readers; the compared arms take the first two
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "-", "--", "-.", ":", "--", ":")
+DASHES = ("-", "-", "--", "-.", ":", "--", "-.")
 
 STYLE = {
     "font.size": 9,
@@ -86,7 +86,8 @@ class _Row:
 def _colours(study: Study) -> dict[str, tuple[str, str]]:
     """Arm → colour and dash; the compared arms first."""
     arms = [*study.compare, *(arm for arm in study.arms if arm not in study.compare)]
-    return {arm: (PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]) for i, arm in enumerate(arms)}
+    count = len(PALETTE)
+    return {arm: (PALETTE[i % count], DASHES[(i + 2 * (i // count)) % count]) for i, arm in enumerate(arms)}
 
 
 def _draw(study: Study, rows: Sequence[_Row], target: Path, *, height: float) -> None:
@@ -109,7 +110,7 @@ def _draw(study: Study, rows: Sequence[_Row], target: Path, *, height: float) ->
             for panel in row_panels if not same_x or row is rows[-1] else ():
                 panel.set_xlabel(f"training {row.axis}")
         for panel, task in zip(panels[0], study.tasks, strict=True):
-            panel.set_title(task, loc="left", fontweight="bold", color="#333333", fontsize=10)
+            panel.set_title(task.replace("$", r"\$"), loc="left", fontweight="bold", color="#333333", fontsize=10)
         figure.savefig(target.with_suffix(".png"), dpi=160, metadata={"Software": None})
         figure.savefig(target.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
@@ -143,6 +144,8 @@ def _draw_arm(panel: Any, study: Study, row: _Row, task: str, arm: str, colour: 
     if not finished:
         return every if row.evaluated else []
     found = band(finished)
+    if not found.xs:
+        return every if row.evaluated else []
     panel.plot(found.xs, found.mean, color=colour, linewidth=2.2, linestyle=dash, solid_capstyle="round")
     if found.low:
         panel.fill_between(found.xs, found.low, found.high, color=colour, alpha=0.14, linewidth=0)
@@ -158,7 +161,15 @@ def _label(panel: Any, colours: dict[str, tuple[str, str]], ends: dict[str, floa
     order = sorted(colours, key=lambda arm: wanted[arm])
     heights = spread([wanted[arm] for arm in order], gap)
     for arm, height in zip(order, heights, strict=True):
-        panel.text(1.02, height, arm, transform=panel.transAxes, color=colours[arm][0], va="center", fontweight="bold")
+        panel.text(
+            1.02,
+            height,
+            arm.replace("$", r"\$"),
+            transform=panel.transAxes,
+            color=colours[arm][0],
+            va="center",
+            fontweight="bold",
+        )
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:

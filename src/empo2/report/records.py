@@ -24,7 +24,8 @@ _SPENT: dict[Axis, tuple[str, ...]] = {
     "seconds": ("seconds_total",),
 }
 
-State = Literal["finished", "failed", "running", "stopped", "not run yet"]
+#: other settings: it ran with others than the experiment file has now, so it is not one of its cells
+State = Literal["finished", "failed", "running", "stopped", "not run yet", "other settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,6 @@ class Record:
     tips: Mapping[str, Mapping[str, Any]] | None = None
     tips_missing: str = ""  #: why evaluations with tips that were asked for are not there
     provenance: Mapping[str, Any]
-    changed: tuple[str, ...] = ()  #: settings in which the run differs from the experiment file
 
     def spent(self, axis: Axis) -> dict[int, float]:
         """Step → what had been spent after it; step 0 → 0."""

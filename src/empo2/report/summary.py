@@ -5,12 +5,12 @@ from the line between evaluations. What is called final is the last evaluation's
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from empo2.report.records import AXES, Axis, Record, Study
-from empo2.report.statistics import Curve, Estimate, bootstrap_interval, common_reach, mean_interval, value_at
+from empo2.report.statistics import Estimate, bootstrap_interval, common_reach, mean_interval, value_at
 
 Place = Literal["episodes", "tokens", "seconds", "final"]
 
@@ -38,6 +38,7 @@ class Difference:
     task: str  #: empty: the mean over all tasks
     place: Place
     budget: float | None  #: in the place's units; None for final and over all tasks
+    shares: tuple[float, float] | None  #: the budget as a share of what a training of each arm spent, on average
     seeds: tuple[int, ...]
     first: float
     second: float
@@ -91,7 +92,7 @@ def summarize(study: Study, measure: str) -> Summary:
     paired = {task: _paired(study, task, measure, budgets[task]) for task in study.tasks}
     rows = [_arm_scores(study, task, arm, measure, budgets[task]) for task in study.tasks for arm in study.arms]
     differences = [
-        _difference(study, task, place, pairs, None if place == "final" else budgets[task][place])
+        _difference(study, task, place, pairs, budgets[task])
         for task, places in paired.items()
         for place, pairs in places.items()
         if pairs
@@ -108,14 +109,17 @@ def summarize(study: Study, measure: str) -> Summary:
 
 def _budgets(study: Study, task: str) -> dict[Axis, float]:
     """Of the study's own measure, so that every table stands at the same budgets."""
-    compared = [record for arm in study.compare for record in study.finished(task, arm).values()]
+    arms = [study.finished(task, arm) for arm in study.compare]
+    if not all(arms):  # the reach of one arm alone says nothing of what both can reach
+        return {}
+    compared = [record for finished in arms for record in finished.values()]
     found = {axis: common_reach([record.evaluated(study.measure, axis) for record in compared]) for axis in AXES}
     return {axis: reach for axis, reach in found.items() if reach is not None}
 
 
 def _score(record: Record, measure: str, place: Place, budgets: Mapping[Axis, float]) -> float | None:
     if place == "final":
-        return _last(record.evaluated(measure, "episodes"))
+        return _last(record, measure)
     return value_at(record.evaluated(measure, place), budgets[place]) if place in budgets else None
 
 
@@ -123,8 +127,10 @@ def _before(record: Record, measure: str) -> float | None:
     return next(iter(record.evaluated(measure, "episodes").ys), None)
 
 
-def _last(curve: Curve) -> float | None:
-    return curve.ys[-1] if curve.ys else None
+def _last(record: Record, measure: str) -> float | None:
+    """Of the last evaluation; None if it was not finite there."""
+    curve, last = record.evaluated(measure, "episodes"), max(record.spent("episodes").values())
+    return curve.ys[-1] if curve.xs and curve.xs[-1] == last else None
 
 
 def _over_seeds(scores: Sequence[float | None]) -> Estimate | None:
@@ -164,13 +170,15 @@ def _pairs(
     return {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
 
 
-def _difference(study: Study, task: str, place: Place, pairs: Pairs, budget: float | None) -> Difference:
+def _difference(study: Study, task: str, place: Place, pairs: Pairs, budgets: Mapping[Axis, float]) -> Difference:
+    budget = None if place == "final" else budgets.get(place)
     differences = [a - b for a, b in pairs.values()]
     first, second = (math.fsum(scores) / len(pairs) for scores in zip(*pairs.values(), strict=True))
     return Difference(
         task=task,
         place=place,
         budget=budget,
+        shares=None if place == "final" or budget is None else _shares(study, task, place, pairs, budget),
         seeds=tuple(pairs),
         first=first,
         second=second,
@@ -178,6 +186,14 @@ def _difference(study: Study, task: str, place: Place, pairs: Pairs, budget: flo
         bootstrap=bootstrap_interval(differences),
         ratio=first / second if second >= study.ratio_from and second > 0 and first >= 0 else None,
     )
+
+
+def _shares(study: Study, task: str, axis: Axis, seeds: Collection[int], budget: float) -> tuple[float, float]:
+    first, second = (
+        budget * len(seeds) / math.fsum(max(study.finished(task, arm)[s].spent(axis).values()) for s in seeds)
+        for arm in study.compare
+    )
+    return first, second
 
 
 def _overall(study: Study, paired: Mapping[str, Mapping[Place, Pairs]]) -> list[Difference]:
@@ -194,7 +210,7 @@ def _overall(study: Study, paired: Mapping[str, Mapping[Place, Pairs]]) -> list[
             for seed in seeds
         }
         if means:
-            found.append(_difference(study, "", place, means, None))
+            found.append(_difference(study, "", place, means, {}))
     return found
 
 

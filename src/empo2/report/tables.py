@@ -145,6 +145,7 @@ def repeat_section(study: Study, summary: Summary) -> str:
         f"- dates: {NONE if not dates else ' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
         f"- code: {', '.join(codes) or NONE}",
         f"- packages: {'; '.join(packages) or NONE}",
+        *(f"- {text}" for text in _weights(study)),
         *(f"- {arm}: seeds {', '.join(map(str, study.seeds[arm]))}; {study.steps[arm]} steps" for arm in study.arms),
         *(
             f"- equal budgets{f' of {task}' if len(study.tasks) > 1 else ''}: "
@@ -153,19 +154,25 @@ def repeat_section(study: Study, summary: Summary) -> str:
             if summary.budgets[task]
         ),
         *(f"- {axis}: {text}" for axis, text in AXIS_HELP.items()),
-        *_changed(study),
     ]
     return "\n".join(lines)
 
 
-def _changed(study: Study) -> list[str]:
-    """Cells that were run with other settings than the experiment file has now."""
-    return [
-        f"- {record.task}, {record.arm}, seed {record.seed} ran with other settings than the file: "
-        + ", ".join(record.changed)
-        for record in study.records
-        if record.changed
-    ]
+def _split(summary: Summary) -> str:
+    return "Trained" if summary.measure.startswith("eval_train_") else "Unseen"
+
+
+def _weights(study: Study) -> list[str]:
+    """The weights that the trainings began with, where they were noted; they must be one on each task."""
+    said = []
+    for task in study.tasks:
+        told = [record.provenance.get("weights") for record in study.records if record.task == task]
+        found = _distinct(weights for weights in told if weights)
+        if len(found) > 1:
+            said.append(f"**{task}: not all trainings began with the same weights**: {', '.join(found)}")
+        elif found:
+            said.append(f"weights at the beginning{f' of {task}' if len(study.tasks) > 1 else ''}: sha256 {found[0]}")
+    return said
 
 
 def _distinct(values: Iterable[str]) -> list[str]:
@@ -182,7 +189,7 @@ def page(
     tips_verdicts: Sequence[str],
     places: int,
 ) -> str:
-    """results.md: the verdict, tables, figures, how to repeat it. ``other``: the same measure on unseen variations."""
+    """results.md: the verdict, tables, figures, how to repeat it. ``other``: the same measure on the other split."""
     finished = sum(record.state == "finished" for record in study.records)
     missing = missing_table(study.records)
     parts = [
@@ -207,7 +214,7 @@ def page(
             else []
         ),
         *(["## Missing cells", missing] if missing else []),
-        *(["## Unseen", f"`{other.measure}`", arms_table(study, other, places)] if other else []),
+        *([f"## {_split(other)}", f"`{other.measure}`", arms_table(study, other, places)] if other else []),
         *(["## After training", _asked(study), tips_table(tips, places), *tips_verdicts] if tips else []),
         "## Figures",
         "![learning curves](curves.png)",

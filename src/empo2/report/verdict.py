@@ -43,15 +43,26 @@ def _nothing(study: Study) -> str:
 def _task(study: Study, found: dict[Place, Difference], places: int) -> str:
     main = found["episodes"]
     sentences = [
-        _scores(study, f"At equal episodes ({amount(main.budget or 0)})", main, places),
+        _scores(study, f"At equal episodes ({_budget(study, main)})", main, places),
         reading(main.estimate, study.compare),
         _ratio(study, main, places),
     ]
     for place in ("tokens", "seconds"):
         other = found[place]
-        sentences.append(f"At equal {place} ({amount(other.budget or 0)}): {_shortly(other, places)}.")
+        sentences.append(f"At equal {place} ({_budget(study, other)}): {_shortly(other, places)}.")
     sentences.append(f"At the end of each training: {_shortly(found['final'], places)}.")
     return " ".join(sentences)
+
+
+def _budget(study: Study, found: Difference) -> str:
+    """A budget, and how early that is in the training of an arm that went on for long after it."""
+    said = amount(found.budget or 0)
+    early = [
+        f"{share:.0%} of {arm}'s training"
+        for arm, share in zip(study.compare, found.shares or (), strict=False)
+        if share < 0.95
+    ]
+    return f"{said}: {', '.join(early)}" if early else said
 
 
 def _overall(study: Study, summary: Summary, places: int) -> str:
