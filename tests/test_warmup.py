@@ -125,14 +125,14 @@ def test_lessons_are_in_other_games_than_are_trained_on_or_chosen_from():
     assert [task.variation for task in games] == [10, *range(12, 1000)]
 
     def taught_first(count: int) -> list[Lesson]:
-        found = lessons(settings.warmup, LockEnvironment(), games, turns=4, seed=0)
+        found = lessons(settings.warmup, LockEnvironment(), games, turns=4, seed=0, k=1)
         return list(itertools.islice(found, count))
 
     taught = taught_first(400)
-    walked = {lesson.walk.task for lesson in taught} | {lesson.shown.task for lesson in taught if lesson.shown}
+    walked = {lesson.walk.task for lesson in taught} | {walk.task for lesson in taught for walk in lesson.shown}
     assert walked <= set(games)
-    assert 0.1 < sum(lesson.shown is not None for lesson in taught) / 400 < 0.6
-    assert all(lesson.shown.success for lesson in taught if lesson.shown)
+    assert 0.1 < sum(len(lesson.shown) for lesson in taught) / 400 < 0.6
+    assert all(walk.success for lesson in taught for walk in lesson.shown)
     assert taught_first(400) == taught, "seeded"
     with pytest.raises(UsageError, match="no train variation is left"):
         other_games(recipe(("warmup.first_variation", 1000)), suite, trained)
@@ -150,7 +150,7 @@ def test_a_lesson_in_tokens(classroom: Classroom, tokenizer: Any):
     """The tip of each state stands in the turn of that state; actions and the tip at the end are trained, no more."""
     way = right_way(0)
     house, doors = way_out(4, 0)
-    (row,) = classroom.rows(Lesson(walk=way, shown=way), 7)
+    (row,) = classroom.rows(Lesson(walk=way, shown=(way,)), 7)
     spans = [tokenizer.decode(row.token_ids[span.start : span.stop]) for span in row.spans]
     assert spans == [*(f"{door} <|im_end|>" for door in doors), "Solved in room four . <|im_end|>"]
     assert [span.key.group for span in row.spans] == [7] * 5
@@ -160,7 +160,7 @@ def test_a_lesson_in_tokens(classroom: Classroom, tokenizer: Any):
         tip = f"Solved in room four . Action taken in room {room} : {door} . ( final score : 1 )"
         here = f"You are in room {room} . Doors : {' , '.join(HOUSES[house])} . <|im_end|>"
         assert said.index(tip) < said.index(here), "the tip stands above what it is about"
-    (plain,) = classroom.rows(Lesson(walk=way, shown=None), 0)
+    (plain,) = classroom.rows(Lesson(walk=way, shown=()), 0)
     assert "Tips" not in tokenizer.decode(plain.token_ids)
     assert [tokenizer.decode(plain.token_ids[s.start : s.stop]) for s in plain.spans] == spans
 
@@ -181,7 +181,7 @@ def test_an_update_is_one_of_supervised_learning(classroom: Classroom, tokenizer
     rows = [
         row
         for number, walk in enumerate((right_way(0), random_walk(LockEnvironment(), game(5), 4, random.Random(1))))
-        for row in classroom.rows(Lesson(walk=walk, shown=None), number)
+        for row in classroom.rows(Lesson(walk=walk, shown=()), number)
     ]
 
     plain = models.tiny_model(len(tokenizer), 0).double()

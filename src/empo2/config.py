@@ -251,6 +251,9 @@ class WarmupConfig:
     gets there, another game is drawn."""
     faithful: float = 0.9
     """Probability with which a shown tip is followed; otherwise the action is random."""
+    failures: float = 0.0
+    """Of the episodes with tips, the share that shows those of `memory.k` walks that failed and goes where they did
+    not. Above 0, the other episodes with tips show them below those of the walk to the goal."""
     max_score: float = 0.15
     """A warmed policy that scores more on the recipe's own tasks is refused: they would show nothing."""
     episodes: int = 64
@@ -316,6 +319,7 @@ def _rules(config: Config) -> Iterator[_Rule]:
         ("modes.q", c.modes.q),
         ("warmup.tips", c.warmup.tips),
         ("warmup.faithful", c.warmup.faithful),
+        ("warmup.failures", c.warmup.failures),
     ):
         yield _Rule(0 <= value <= 1, f"{name} is a probability and must lie in 0…1, got {value}; set {name}")
     for name, value in (("memory.threshold", c.memory.threshold), ("novelty.threshold", c.novelty.threshold)):

@@ -25,29 +25,36 @@ from empo2.types import (
     TrainingSequence,
     Trajectory,
 )
-from empo2.walks import Walk, follow, random_walk, walk_to_the_goal
+from empo2.walks import Walk, elsewhere, failed_walks, follow, random_walk, walk_to_the_goal
 
 IN_VAIN = 1_000  #: games one after the other in which no walk got to the goal, after which none is looked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """One episode to imitate; ``shown``: the walk whose tips it shows."""
+    """One episode to imitate; ``shown``: the walks whose tips it shows, the best first."""
 
     walk: Walk
-    shown: Walk | None
+    shown: tuple[Walk, ...]
 
 
 def lessons(
-    settings: WarmupConfig, environment: Environment, games: Sequence[Task], *, turns: int, seed: int
+    settings: WarmupConfig, environment: Environment, games: Sequence[Task], *, turns: int, seed: int, k: int
 ) -> Iterator[Lesson]:
-    """Episodes of at most ``turns`` to imitate, without end. Raises UsageError where no walk gets to the goal."""
+    """Episodes of at most ``turns`` to imitate, which show tips of at most ``k`` walks, without end.
+
+    Raises UsageError where no walk gets to the goal.
+    """
     rng = random.Random(f"warmup/{seed}")
     in_vain = 0
     while True:
         game = rng.choice(games)
         if rng.random() >= settings.tips:
-            yield Lesson(walk=random_walk(environment, game, turns, rng), shown=None)
+            yield Lesson(walk=random_walk(environment, game, turns, rng), shown=())
+        elif settings.failures and rng.random() < settings.failures:
+            if failed := failed_walks(environment, game, turns, rng, k):
+                walk = elsewhere(environment, failed, rng, faithful=settings.faithful, turns=turns)
+                yield Lesson(walk=walk, shown=failed)
         elif (way := walk_to_the_goal(environment, game, turns, rng)) is None:
             in_vain += 1
             if in_vain == IN_VAIN:
@@ -58,7 +65,8 @@ def lessons(
         else:
             in_vain = 0
             followed = follow(environment, way, rng, faithful=settings.faithful, turns=turns)
-            yield Lesson(walk=followed, shown=way)
+            failed = failed_walks(environment, game, turns, rng, k - 1) if settings.failures and k > 1 else ()
+            yield Lesson(walk=followed, shown=(way, *failed))
 
 
 def tip_of(trajectory: Trajectory) -> str:
@@ -81,7 +89,7 @@ class Classroom:
 
     def rows(self, lesson: Lesson, number: int) -> list[TrainingSequence]:
         """The episode's actions and its tip, each with advantage 1; ``number`` tells the lessons of a batch apart."""
-        told = self.entries(lesson.shown) if lesson.shown else {}
+        told = self.entries(lesson.shown)
         trajectory, request = self.play(lesson.walk, told, number)
         rows = sequences.build(trajectory, [1.0] * len(trajectory.turns), plain=False)
         said = self._said(trajectory.tip).token_ids
@@ -97,13 +105,15 @@ class Classroom:
             before = rows.pop().spans
         return [*rows, TrainingSequence(token_ids=request + said, spans=(*before, written))]
 
-    def play(self, walk: Walk, told: Mapping[str, Tip], number: int = 0) -> tuple[Trajectory, tuple[int, ...]]:
+    def play(
+        self, walk: Walk, told: Mapping[str, Sequence[Tip]], number: int = 0
+    ) -> tuple[Trajectory, tuple[int, ...]]:
         """The walk as an episode that was shown these tips, by state, and the prompt that asks for its own."""
         plan = EpisodePlan(task=walk.task, mode=Mode.WITH_TIPS, key=EpisodeKey(0, number, 0))
         episode = LiveEpisode(plan=plan, slot=0, rules=self.rules, examples=self.examples.of(walk.task))
         episode.begin(walk.observation, walk.info)
         for action, answer in zip(walk.actions, walk.answers, strict=True):
-            tips = (told[episode.state],) if episode.state in told else ()
+            tips = tuple(told.get(episode.state, ()))
             if episode.next_prompt(Retrieval(tips=tips, candidates=len(tips), entries=len(told))) is None:
                 break
             episode.act(self._said(action))
@@ -116,20 +126,21 @@ class Classroom:
         trajectory = episode.finish(0, None)
         return replace(trajectory, tip=tip_of(trajectory)), episode.tip_prompt(self.longest)
 
-    def entries(self, walk: Walk) -> dict[str, Tip]:
-        """What the memory would hold of a walk, by the state under which it stands."""
-        trajectory, _ = self.play(walk, {})
-        return {
-            turn.state: Tip(
-                text=prompts.stored_tip(
-                    trajectory.tip, prompts.tip_suffix(trajectory, turn, self.suffix), trajectory.score
-                ),
-                score=trajectory.score,
-                similarity=1.0,
-                source=trajectory.key,
-            )
-            for turn in trajectory.turns
-        }
+    def entries(self, walks: Sequence[Walk]) -> dict[str, list[Tip]]:
+        """What the memory would hold of walks, by the state under which it stands, in the order of the walks.
+
+        Of a walk that met a state several times, the last; of equal texts, one.
+        """
+        found: dict[str, list[Tip]] = {}
+        for number, walk in enumerate(walks):
+            trajectory, _ = self.play(walk, {}, number)
+            for state, turn in {turn.state: turn for turn in trajectory.turns}.items():
+                suffix = prompts.tip_suffix(trajectory, turn, self.suffix)
+                text = prompts.stored_tip(trajectory.tip, suffix, trajectory.score)
+                if all(text != tip.text for tip in found.get(state, ())):
+                    tip = Tip(text=text, score=trajectory.score, similarity=1.0, source=trajectory.key)
+                    found.setdefault(state, []).append(tip)
+        return found
 
     def _said(self, text: str) -> Completion:
         ids = (*self.rules.chat.text_ids(text), self.rules.chat.closer)

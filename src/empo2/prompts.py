@@ -82,6 +82,11 @@ def place_of(state: str) -> str:
     return f"in {named.group(1) or ''}{named.group(2)}" if named else ""
 
 
+def place_name(state: str) -> str:
+    """`kitchen` where `place_of` says "in the kitchen"; else empty."""
+    return place_of(state).removeprefix("in ").removeprefix("the ")
+
+
 def _words(state: str) -> str:
     return " ".join(state.split()[:8])
 

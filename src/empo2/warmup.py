@@ -47,7 +47,7 @@ from empo2.lessons import Classroom, Lesson, imitate, lessons
 from empo2.memory import NewTip, scope_of
 from empo2.run import available_cores, code_version
 from empo2.types import Task, Tip
-from empo2.walks import walk_to_the_goal
+from empo2.walks import failed_walks, walk_to_the_goal
 
 VOCABULARY_LESSONS = 500  #: from which a new tokenizer takes its words
 
@@ -99,7 +99,7 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
         turns, seed = config.env.max_turns, config.train.seed
 
         def taught() -> Iterator[Lesson]:
-            return lessons(config.warmup, environment, games, turns=turns, seed=seed)
+            return lessons(config.warmup, environment, games, turns=turns, seed=seed, k=config.memory.k)
 
         tokenizer, model = _base(config, suite, taught())
         rules = prompt_rules(config, ChatFormat.of(tokenizer), suite)
@@ -164,17 +164,26 @@ def measured(config: Config) -> dict[str, Any]:
             longest=parts.collector.longest,
         )
         readers: list[Task] = []
+        searchers: list[Task] = []
         for game in split_tasks(config, parts.suite, "dev", 20 * config.warmup.readers):
             way = walk_to_the_goal(environment, game, turns, rng)
-            if way is not None and len(readers) < config.warmup.readers:
-                readers.append(game)
-                _store(parts, game, classroom.entries(way))
+            if len(readers) < config.warmup.readers:
+                if way is not None:
+                    readers.append(game)
+                    _store(parts, game, classroom.entries([way]))
+            elif config.warmup.failures and len(searchers) < config.warmup.readers:
+                searchers.append(game)
+                _store(parts, game, classroom.entries(failed_walks(environment, game, turns, rng, config.memory.k)))
         found: dict[str, Any] = {}
         for name, tasks, episodes, with_tips in (
             ("", parts.train_tasks, config.warmup.episodes, False),
             ("others_without_tips_", readers, 4, False),
             ("others_with_tips_", readers, 4, True),
+            ("others_without_failures_", searchers, 4, False),
+            ("others_with_failures_", searchers, 4, True),
         ):
+            if not tasks:
+                continue
             ended = run_episodes(parts, tasks, episodes=episodes, temperature=temperature, with_memory=with_tips)
             summary = metrics.of_episodes(ended)
             found |= {f"{name}score": summary["score_mean"], f"{name}valid_action_rate": summary["valid_action_rate"]}
@@ -189,15 +198,16 @@ def measured(config: Config) -> dict[str, Any]:
         parts.close()
 
 
-def _store(parts: Parts, game: Task, entries: Mapping[str, Tip]) -> None:
-    """Put a walk's tips into the memory."""
+def _store(parts: Parts, game: Task, entries: Mapping[str, Sequence[Tip]]) -> None:
+    """Put tips into the memory."""
     keys = parts.embedder.embed(list(entries))
     scope = scope_of(game, parts.config.memory.scope)
     parts.memory.commit(
         0,
         [
             NewTip(scope=scope, key=key, state=state, text=tip.text, score=tip.score, source=tip.source, turn=index)
-            for index, ((state, tip), key) in enumerate(zip(entries.items(), keys, strict=True))
+            for index, ((state, tips), key) in enumerate(zip(entries.items(), keys, strict=True))
+            for tip in tips
         ],
     )
 

@@ -1,9 +1,11 @@
 """Chooses the games of the comparison by PROTOCOL.md's rule and writes games.md beside this file.
 
-`python docs/results/coin/select_games.py`, after `empo2 warmup coin`; about 20 minutes on one core.
+`python docs/results/coin/select_games.py`, after `empo2 warmup coin`; about 5 minutes a measured game on one core. What
+games.md says already is not measured again: remove it to begin anew.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ from empo2.envs.textworld_express import TextWorldExpressEnvironment
 from empo2.types import Task
 
 CANDIDATES = range(100)
-LOW, HIGH, WANTED, EPISODES, SEED = 0.002, 0.02, 4, 1000, 1000
+LOW, HIGH, WANTED, EPISODES, SEED = 0.002, 0.02, 8, 1000, 1000
 NAME = "coin-11"
+PAGE = Path(__file__).parent / "games.md"
 
 
 def walkers_success(environment: TextWorldExpressEnvironment, variation: int, turns: int) -> float:
@@ -45,37 +48,52 @@ def config_path() -> str:
     return str(config.read_recipe("coin")["model"]["path"])
 
 
+def measured_before() -> dict[int, float]:
+    """What games.md says of games, as shares."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    return {
+        int(game): float(share) / 100
+        for game, share in re.findall(r"^\| (\d+) \|.*\| ([\d.]+)% \| \w+ \|$", text, re.M)
+    }
+
+
 def main() -> None:
     turns = int(config.read_recipe("coin")["env"]["max_turns"])
     environment = TextWorldExpressEnvironment("room")
     walker = {variation: walkers_success(environment, variation, turns) for variation in CANDIDATES}
     environment.close()
-    chosen: list[int] = []
-    rows = []
+    known = measured_before()
+    measured: dict[int, float] = {}
     for variation in (v for v in CANDIDATES if LOW <= walker[v] <= HIGH):
-        if len(chosen) == WANTED:
+        if sum(LOW <= share <= HIGH for share in measured.values()) == WANTED:
             break
-        measured = policys_success(variation)
-        taken = LOW <= measured <= HIGH
-        chosen += [variation] if taken else []
-        rows.append(f"| {variation} | {walker[variation]:.2%} | {measured:.2%} | {'yes' if taken else 'no'} |")
-        print(rows[-1], flush=True)
+        measured[variation] = known[variation] if variation in known else policys_success(variation)
+        write(walker, measured, turns)
+        print(f"game {variation}: {measured[variation]:.2%}", flush=True)
+
+
+def write(walker: dict[int, float], measured: dict[int, float], turns: int) -> None:
+    """games.md, as far as it is known."""
+    chosen = [v for v, share in measured.items() if LOW <= share <= HIGH]
+    rows = [
+        f"| {v} | {walker[v]:.2%} | {share:.2%} | {'yes' if v in chosen else 'no'} |" for v, share in measured.items()
+    ]
     impossible = [v for v in CANDIDATES if walker[v] == 0]
     harder = [v for v in CANDIDATES if 0 < walker[v] < LOW]
     easier = [v for v in CANDIDATES if walker[v] > HIGH]
-    left = [v for v in CANDIDATES if LOW <= walker[v] <= HIGH][len(rows) :]
+    left = [v for v in CANDIDATES if LOW <= walker[v] <= HIGH and v not in measured]
     text = [
         f"# Games: {', '.join(map(str, chosen))}",
         f"{NAME}, train games {CANDIDATES.start} to {CANDIDATES.stop - 1}, {turns} turns; rule: PROTOCOL.md; "
         "command: `python docs/results/coin/select_games.py`. Success of a uniformly random walker, computed from the "
         f"map, and of the warmed policy, {EPISODES} episodes at temperature 1, seed {SEED}:",
         "| game | random walker | warmed policy | taken |\n|---|---:|---:|---|\n" + "\n".join(rows),
-        f"- not measured, as four were found: {', '.join(map(str, left)) or 'none'}",
+        f"- not measured, as {WANTED} were found: {', '.join(map(str, left)) or 'none'}",
         f"- too easy for a random walker (above {HIGH:.0%}), {len(easier)}: {', '.join(map(str, easier))}",
         f"- harder than {LOW:.1%}, {len(harder)}: {', '.join(map(str, harder)) or 'none'}",
         f"- impossible in {turns} turns, {len(impossible)}: {', '.join(map(str, impossible)) or 'none'}",
     ]
-    (Path(__file__).parent / "games.md").write_text("\n\n".join(text[:3]) + "\n\n" + "\n".join(text[3:]) + "\n")
+    PAGE.write_text("\n\n".join(text[:3]) + "\n\n" + "\n".join(text[3:]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

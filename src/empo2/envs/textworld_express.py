@@ -65,7 +65,8 @@ class TextWorldExpressEnvironment:
         self._score, self._done = 0.0, False
         self._room = answer["look"]
         text = " ".join(str(self._jvm.call(self._game, "getTaskDescription")).split())
-        info = {"state": bare_room(answer["look"]), "task": text, "actions": changing_actions(answer)}
+        look = answer["look"]
+        info = {"state": bare_room(look), "task": text, "actions": changing_actions(answer), "leads": leads(look)}
         return self._shown(answer["observation"]), info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -82,7 +83,7 @@ class TextWorldExpressEnvironment:
             observation = f"{observation.strip()}\n{room}"
         self._room = room
         actions = () if self._done else changing_actions(answer)
-        info = {"state": bare_room(room), "valid": valid, "success": success, "actions": actions}
+        info = {"state": bare_room(room), "valid": valid, "success": success, "actions": actions, "leads": leads(room)}
         return self._shown(observation), reward, self._done, False, info
 
     def close(self) -> None:
@@ -178,6 +179,11 @@ def changing_actions(answer: dict[str, Any]) -> tuple[str, ...]:
         return verb == "take" or (verb == "move" and not shut) or (verb == "open" and shut)
 
     return tuple(sorted(action for action in answer["validActions"] if changes(action)))
+
+
+def leads(look: str) -> dict[str, str]:
+    """`move north` → `bathroom`, for exits through which a room is seen."""
+    return {f"move {side.lower()}": room for side, room in re.findall(r"To the (\w+) you see the ([^.]+)\.", look)}
 
 
 def room_name(look: str) -> str:
