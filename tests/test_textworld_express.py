@@ -45,25 +45,44 @@ def test_one_episode_in_full(env):
     taken = "You are in the laundry room. To the North you see the bathroom."
     moves = ("move east", "move north", "move south")
     known = {"valid": True, "success": False}
+    in_kitchen = {"leads": {"move north": "pantry", "move south": "bathroom", "move east": "backyard"}}
+    back = {"move north": "bathroom"}
     unknown = "Unknown action: I'm not sure what you mean."
     answers = play(env, game(3), ["fly", "move south", "move south", "take coin"])
     assert answers == [
-        (kitchen, {"state": kitchen, "task": TASK_TEXT, "actions": moves}),
+        (kitchen, {"state": kitchen, "task": TASK_TEXT, "actions": moves, **in_kitchen}),
         (
             f"{unknown}\n{kitchen}",
             0.0,
             False,
             False,
-            {"state": kitchen, "valid": False, "success": False, "actions": moves},
+            {"state": kitchen, "valid": False, "success": False, "actions": moves, **in_kitchen},
         ),
-        (bathroom, 0.0, False, False, {"state": bathroom, "actions": moves[1:], **known}),
-        (laundry, 0.0, False, False, {"state": laundry, "actions": ("move north", "take coin"), **known}),
+        (
+            bathroom,
+            0.0,
+            False,
+            False,
+            {
+                "state": bathroom,
+                "actions": moves[1:],
+                "leads": {"move north": "kitchen", "move south": "laundry room"},
+                **known,
+            },
+        ),
+        (
+            laundry,
+            0.0,
+            False,
+            False,
+            {"state": laundry, "actions": ("move north", "take coin"), "leads": back, **known},
+        ),
         (
             f"You take the coin.\n{taken}",
             1.0,
             True,
             False,
-            {"state": taken, "valid": True, "success": True, "actions": ()},
+            {"state": taken, "valid": True, "success": True, "actions": (), "leads": back},
         ),
     ]
     with pytest.raises(RuntimeError, match="call reset"):

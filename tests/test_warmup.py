@@ -20,8 +20,8 @@ from empo2.errors import UsageError
 from empo2.examples import WorkedExamples
 from empo2.learner import Learner
 from empo2.lessons import Classroom, Lesson, lessons, tip_of
-from empo2.types import Task
-from empo2.walks import Walk, follow, random_walk, walk_to_the_goal
+from empo2.types import StepResult, Task
+from empo2.walks import Walk, elsewhere, failed_walks, follow, random_walk, walk_to_the_goal
 from empo2.warmup import other_games
 
 
@@ -115,6 +115,102 @@ def test_following():
     erring = [follow(LockEnvironment(), way, rng, faithful=0.7, turns=4) for _ in range(2000)]
     took = [walk.actions[0] == way.actions[0] for walk in erring]
     assert sum(took) / len(took) == pytest.approx(0.7 + 0.3 / 3, abs=0.03)
+
+
+class Star:
+    """Four places around a hall: where an action leads is said, except for the door."""
+
+    PLACES = ("attic", "cellar", "garden", "shed")
+
+    def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
+        self.at = "hall"
+        return self._look(), self._info()
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.at = action.removeprefix("go to ") if self.at == "hall" else "hall"
+        return self._look(), 0.0, False, False, self._info()
+
+    def close(self) -> None:
+        pass
+
+    def _look(self) -> str:
+        return f"You are in the {self.at}."
+
+    def _info(self) -> dict[str, Any]:
+        places = self.PLACES if self.at == "hall" else ("hall",)
+        return {
+            "state": self._look(),
+            "actions": tuple(f"go to {place}" for place in places),
+            "leads": {f"go to {place}": place for place in places if place != "shed"},
+        }
+
+
+def star_walk(*actions: str) -> Walk:
+    """That walk in the star."""
+    environment, waiting = Star(), list(actions)
+    observation, info = environment.reset(game(0), 0)
+    answers = tuple(StepResult(**dict(zip(("observation", "reward", "terminated", "truncated", "info"),
+                                          environment.step(action), strict=True))) for action in waiting)  # fmt: skip
+    return Walk(task=game(0), observation=observation, info=info, actions=actions, answers=answers)
+
+
+def test_elsewhere_is_where_failed_walks_were_not():
+    """One took the attic; one was in the cellar before it took the attic from the hall: garden and shed are left."""
+    failed = (star_walk("go to attic"), star_walk("go to cellar", "go to hall", "go to attic"))
+    assert failed[1].places() == {"hall", "cellar"}
+    rng = random.Random(0)
+
+    def firsts(walks: tuple[Walk, ...], faithful: float) -> set[str]:
+        found = (elsewhere(Star(), walks, rng, faithful=faithful, turns=1).actions[0] for _ in range(200))
+        return {action.removeprefix("go to ") for action in found}
+
+    assert firsts(failed, 1.0) == {"garden", "shed"}
+    assert firsts(failed, 0.5) == set(Star.PLACES)
+    everywhere = tuple(star_walk(f"go to {place}") for place in Star.PLACES)
+    assert firsts(everywhere, 1.0) == set(Star.PLACES), "all was tried: anything goes"
+    known = (star_walk(*[way for place in Star.PLACES for way in (f"go to {place}", "go to hall")], "go to shed"),)
+    assert firsts(known, 1.0) == {"attic", "cellar", "garden"}, "every place was seen: another action than the last"
+    way = elsewhere(Star(), failed, rng, faithful=1.0, turns=2)
+    assert way.actions[1] == "go to hall", "no failed walk acted there"
+
+
+def test_failed_walks_failed_and_differ():
+    found = failed_walks(LockEnvironment(), game(0, 2), 4, random.Random(0), 3)
+    assert len(found) == 3
+    assert not any(walk.success for walk in found)
+    assert len({walk.actions for walk in found}) == 3
+    assert len(failed_walks(Corridor(), game(0), 1, random.Random(0), 3)) == 2, "there are but two of one action"
+
+
+def test_lessons_with_failures():
+    """Half of the lessons with tips show failures only, the other half show them below the way."""
+    settings = replace(recipe().warmup, tips=0.8, failures=0.5)
+    found = lessons(settings, LockEnvironment(), [game(v, 2) for v in range(50)], turns=4, seed=0, k=3)
+    taught = list(itertools.islice(found, 600))
+    shown = [tuple(walk.success for walk in lesson.shown) for lesson in taught]
+    assert {(), (True, False, False), (False, False, False)} <= set(shown)
+    assert not any(True in each[1:] for each in shown), "the way comes first"
+    assert sum(bool(each) and not each[0] for each in shown) / 600 == pytest.approx(0.4, abs=0.06)
+    assert sum(bool(each) and each[0] for each in shown) / 600 == pytest.approx(0.4, abs=0.06)
+    assert all({walk.task for walk in lesson.shown} <= {lesson.walk.task} for lesson in taught)
+    tried = [
+        (lesson.walk.actions[0], {walk.actions[0] for walk in lesson.shown})
+        for lesson in taught
+        if lesson.shown and not lesson.shown[0].success
+    ]
+    again = [action in before for action, before in tried if len(before) < 3]
+    assert sum(again) / len(again) == pytest.approx((1 - settings.faithful) * 1.7 / 3, abs=0.05), "1.7 of 3 were tried"
+
+
+def test_entries_of_several_walks(classroom: Classroom):
+    """By state, in the order of the walks; what two walks say alike is there once."""
+    walks = (random_walk(LockEnvironment(), game(0), 4, random.Random(seed)) for seed in range(99))
+    failed = next(walk for walk in walks if len(walk.actions) == 2)
+    entries = classroom.entries([right_way(0), failed, failed])
+    one, two = (f"You are in room {room}. Doors: {', '.join(HOUSES['wood'])}." for room in ("one", "two"))
+    assert [tip.score for tip in entries[one]] == [tip.score for tip in entries[two]] == [1.0, 0.0]
+    assert entries[one][1].text.startswith("Nothing found in room one, in room two. Action taken in room one: ")
+    assert len(entries) == 4
 
 
 def test_lessons_are_in_other_games_than_are_trained_on_or_chosen_from():
