@@ -269,10 +269,13 @@ def _warmup(parsed: argparse.Namespace) -> int:
         note = warm_up(recipe, told)
     print(f"warmed model: {recipe.model.path}")
     print(f"score on the recipe's tasks: {note['score']:.4f} ({note['episodes']} episodes without tips)")
-    print(
-        f"other games: {note['others_without_tips_score']:.3f} without tips, {note['others_with_tips_score']:.3f} with "
-        f"the tips of a walk to the goal ({note['others_with_tips_episodes']} episodes each)"
-    )
+    for kind, what in (("tips", "a walk to the goal"), ("failures", "failed walks")):
+        if f"others_with_{kind}_score" in note:
+            without, shown = (note[f"others_{with_tips}_{kind}_score"] for with_tips in ("without", "with"))
+            episodes = note[f"others_with_{kind}_episodes"]
+            print(
+                f"other games: {without:.3f} without tips, {shown:.3f} with those of {what} ({episodes} episodes each)"
+            )
     return 0
 
 

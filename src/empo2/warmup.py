@@ -172,8 +172,9 @@ def measured(config: Config) -> dict[str, Any]:
                     readers.append(game)
                     _store(parts, game, classroom.entries([way]))
             elif config.warmup.failures and len(searchers) < config.warmup.readers:
-                searchers.append(game)
-                _store(parts, game, classroom.entries(failed_walks(environment, game, turns, rng, config.memory.k)))
+                if failed := failed_walks(environment, game, turns, rng, config.memory.k):
+                    searchers.append(game)
+                    _store(parts, game, classroom.entries(failed))
         found: dict[str, Any] = {}
         for name, tasks, episodes, with_tips in (
             ("", parts.train_tasks, config.warmup.episodes, False),
