@@ -171,10 +171,13 @@ def measured(config: Config) -> dict[str, Any]:
                 if way is not None:
                     readers.append(game)
                     _store(parts, game, classroom.entries([way]))
-            elif config.warmup.failures and len(searchers) < config.warmup.readers:
-                if failed := failed_walks(environment, game, turns, rng, config.memory.k):
-                    searchers.append(game)
-                    _store(parts, game, classroom.entries(failed))
+            elif (
+                config.warmup.failures
+                and len(searchers) < config.warmup.readers
+                and (failed := failed_walks(environment, game, turns, rng, config.memory.k))
+            ):
+                searchers.append(game)
+                _store(parts, game, classroom.entries(failed))
         found: dict[str, Any] = {}
         for name, tasks, episodes, with_tips in (
             ("", parts.train_tasks, config.warmup.episodes, False),
