@@ -251,8 +251,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         "from pool_suites import FaultySuite\n"
         "from test_pool import EnvironmentPool, reset\n"
         "pool = EnvironmentPool(FaultySuite(Path(sys.argv[1])), 2)\n"
-        "print(*[reset(pool, slot) for slot in (0, 1)], flush=True)\n"
+        "pids = [reset(pool, slot) for slot in (0, 1)]\n"
         "pool.start_step(1, 'hang')\n"
+        "print(*pids, flush=True)\n"
         "time.sleep(600)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
