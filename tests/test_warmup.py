@@ -333,6 +333,15 @@ def test_a_policy_that_was_not_measured_does_not_lie_where_training_looks(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["warm-unmeasured"]
 
 
+def test_without_games_that_have_a_way_to_the_goal_nothing_is_said_of_reading(tmp_path: Path, capsys):
+    hopeless = [("env.tasks", "lock-6"), ("env.max_turns", 5), ("warmup.tips", 0), ("warmup.failures", 0)]
+    flags = [part for name, value in [*FEW, *hopeless] for part in (f"--{name}", str(value))]
+    assert main(["warmup", "lock", "--model.path", str(tmp_path / "warm"), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "score on the recipe's tasks: 0.0000 (16 episodes without tips)" in said
+    assert "other games" not in said
+
+
 def test_our_own_models_are_not_written_over(capsys):
     assert main(["warmup", "lock", "--model.path", "tiny-random"]) == 2
     assert "name a new folder" in capsys.readouterr().err

@@ -94,35 +94,10 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
     scopes_instead(config, trained)
     games = other_games(config, suite, trained)
     torch.set_num_threads(config.train.threads or available_cores())
-    environment = suite.open()
-    try:
-        turns, seed = config.env.max_turns, config.train.seed
-
-        def taught() -> Iterator[Lesson]:
-            return lessons(config.warmup, environment, games, turns=turns, seed=seed, k=config.memory.k)
-
-        tokenizer, model = _base(config, suite, taught())
-        rules = prompt_rules(config, ChatFormat.of(tokenizer), suite)
-        examples = _examples(config, suite, trained)
-        check_length(config, rules.chat, models.context_length(model.config))
-        check_context(rules, examples, trained)
-        longest = models.context_length(model.config) - tip_room(rules.chat, config.memory.tip_tokens)
-        classroom = Classroom(rules=rules, examples=examples, suffix=config.memory.suffix, longest=longest)
-        dtype = precision.DTYPES[resolved(config).model.trainer_dtype]
-        learner = Learner(
-            model,
-            replace(config.learner, max_grad_norm=1.0, weight_decay=0.0),
-            LossConfig(),
-            temperature=1.0,
-            compute_dtype=dtype,
-        )
-        imitate(learner, classroom, taught(), config.warmup, told)
-    finally:
-        environment.close()
+    tokenizer, model = _taught(config, suite, trained, games, told)
     made, refused = (folder.with_name(f"{folder.name}-{what}") for what in ("unmeasured", "refused"))
     for old in (made, refused):
         shutil.rmtree(old, ignore_errors=True)
-    model.requires_grad_(True)
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     note = {
@@ -146,6 +121,37 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
         )
     made.rename(folder)
     return note
+
+
+def _taught(
+    config: Config, suite: Suite, trained: Sequence[Task], games: Sequence[Task], told: Callable[[int], None]
+) -> tuple[Any, Any]:
+    """Tokenizer and model after `warmup.updates` updates on walks in `games`."""
+    environment = suite.open()
+    try:
+        turns, seed = config.env.max_turns, config.train.seed
+
+        def taught() -> Iterator[Lesson]:
+            return lessons(config.warmup, environment, games, turns=turns, seed=seed, k=config.memory.k)
+
+        tokenizer, model = _base(config, suite, taught())
+        rules = prompt_rules(config, ChatFormat.of(tokenizer), suite)
+        examples = _examples(config, suite, trained)
+        check_length(config, rules.chat, models.context_length(model.config))
+        check_context(rules, examples, trained)
+        longest = models.context_length(model.config) - tip_room(rules.chat, config.memory.tip_tokens)
+        classroom = Classroom(rules=rules, examples=examples, suffix=config.memory.suffix, longest=longest)
+        learner = Learner(
+            model,
+            replace(config.learner, max_grad_norm=1.0, weight_decay=0.0),
+            LossConfig(),
+            temperature=1.0,
+            compute_dtype=precision.DTYPES[resolved(config).model.trainer_dtype],
+        )
+        imitate(learner, classroom, taught(), config.warmup, told)
+    finally:
+        environment.close()
+    return tokenizer, model.requires_grad_(True)
 
 
 def measured(config: Config) -> dict[str, Any]:
