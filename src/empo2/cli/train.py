@@ -1,0 +1,134 @@
+"""`empo2 train`."""
+
+import argparse
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from empo2 import config
+from empo2.cli.common import Commands, add_settings, chosen_settings, fetch_missing, quiet_libraries
+from empo2.config import Config
+from empo2.errors import UsageError
+
+if TYPE_CHECKING:
+    from empo2.display import Display
+    from empo2.run import RunFolder
+
+
+def add(commands: Commands) -> None:
+    """The command's flags."""
+    command = commands.add_parser(
+        "train",
+        help="train on a recipe",
+        description="Train on a recipe: evaluation before, training, evaluation after. Shipped recipes: "
+        + ", ".join(config.shipped_recipes()),
+    )
+    command.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a .toml file or a shipped recipe (default: default)"
+    )
+    command.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE-TIME)")
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the run in --run, exactly where it was saved"
+    )
+    add_settings(command)
+    command.set_defaults(command=execute)
+
+
+def execute(parsed: argparse.Namespace) -> int:
+    name = parsed.recipe or "default"
+    if parsed.resume:
+        recipe = _resumed_recipe(parsed)
+    else:
+        recipe = config.from_dict(config.with_overrides(config.read_recipe(name), chosen_settings(parsed)))
+    from empo2.assemble import preflight, resolved
+    from empo2.display import Display, solved_line, summary
+    from empo2.run import RunFolder
+
+    quiet_libraries()
+    if parsed.resume:
+        run = RunFolder.open(parsed.run)
+        recipe = _with_threads(recipe, run)
+    display = Display(recipe.train.steps)
+    preflight(recipe)
+    recipe = resolved(recipe)
+    fetch_missing(recipe, display.say)
+    if not parsed.resume:
+        folder = parsed.run or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = RunFolder.create(folder, recipe)
+    stop = _StopOnInterrupt(display.say)
+    with run.locked():
+        if not any(checkpoint.step == recipe.train.steps for checkpoint in run.checkpoints()):
+            display.say(f"run folder: {run.path}")
+            _train(recipe, run, display, stop, new=not parsed.resume)
+    if stop.asked() and run.checkpoints()[-1].step < recipe.train.steps:
+        display.say(f"saved at step {run.checkpoints()[-1].step}; go on with: empo2 train --resume --run {run.path}")
+        return 130
+    display.console.print(summary(run.evaluations(), run.metrics()))
+    display.say(solved_line(run.metrics()))
+    display.say(f"run folder: {run.path}")
+    display.say(f"trained model: {run.checkpoints()[-1].model}")
+    return 0
+
+
+def _train(recipe: Config, run: "RunFolder", display: "Display", stop: "_StopOnInterrupt", *, new: bool) -> None:
+    """Assemble the recipe and train it; a new run whose recipe is refused here leaves no folder behind."""
+    from empo2.assemble import assemble
+    from empo2.train import train
+
+    try:
+        parts = assemble(recipe, run.store, with_learner=True)
+    except UsageError:
+        if new:
+            run.discard()  # nothing has run: the mended recipe may use the same folder
+        raise
+    try:
+        with display, stop:
+            parts.collector.on_episode = lambda done, total: display.doing(f"episode {done} of {total}")
+            train(parts, run, display, stop.asked)
+    finally:
+        parts.close()
+
+
+def _resumed_recipe(parsed: argparse.Namespace) -> Config:
+    from empo2.run import RunFolder
+
+    if parsed.run is None:
+        raise UsageError("--resume needs the run to go on with; add --run DIR")
+    if parsed.recipe or chosen_settings(parsed):
+        raise UsageError(
+            "--resume goes on with the run's own recipe; leave out the recipe and --section.field settings"
+        )
+    return RunFolder.open(parsed.run).config()
+
+
+def _with_threads(recipe: Config, run: "RunFolder") -> Config:
+    """The recipe with the thread count the run began with: another one changes the last bits of every sum."""
+    threads = run.provenance()["threads"]
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, threads=threads))
+
+
+class _StopOnInterrupt:
+    """Ctrl-C once: finish the step, save, end. Twice: end at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._asked = False
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> "_StopOnInterrupt":
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, *_: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._say("Ctrl-C: the step under way is finished and saved first (once more: end at once)")
