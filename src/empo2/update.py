@@ -49,7 +49,7 @@ def update_policy(
     size = config.learner.mini_batch or max(len(order), 1)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     computed_before = learner.tokens_computed
-    behavior = _behavior_logprobs(learner, trained, others, several=len(batches) > 1)
+    behavior = _behavior_logprobs(learner, batches, others)
     num_computed = learner.tokens_computed - computed_before
     lr = learning_rate(config.learner, step - 1, config.train.steps)
     return StepUpdate(
@@ -60,11 +60,12 @@ def update_policy(
 
 
 def _behavior_logprobs(
-    learner: Learner, trained: Sequence[TrainingSequence], others: Sequence[TrainingSequence], *, several: bool
+    learner: Learner, batches: Sequence[Sequence[TrainingSequence]], others: Sequence[TrainingSequence]
 ) -> Logprobs:
-    """Denominators under the policy that collected; with a single update only where the rendering differs."""
+    """Denominators under the policy that collected: where the rendering differs, and from the second batch on.
+
+    The first batch is trained with that very policy, so that its ratios are exactly 1 without them.
+    """
     found = learner.logprobs(others)
-    if several:
-        rest = [sequence for sequence in trained if sequence.spans[0].key not in found]
-        found |= learner.logprobs(rest)
-    return found
+    later = [sequence for batch in batches[1:] for sequence in batch if sequence.spans[0].key not in found]
+    return found | learner.logprobs(later)
