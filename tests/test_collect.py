@@ -95,6 +95,21 @@ def test_tokens_and_time_are_counted(parts: Parts):
     assert counters.tip_seconds > 0
 
 
+def test_only_episodes_whose_tip_would_be_shown_write_one(parts: Parts):
+    receive = parts.pool.receive_step
+
+    def one_is_rewarded(slot: int):
+        return replace(receive(slot), reward=float(slot == 1))
+
+    parts.pool.receive_step = one_is_rewarded  # type: ignore[method-assign]
+    everyone = parts.collector.collect(plans(3), RULES)
+    found = parts.collector.collect(plans(3), replace(RULES, tip_min_score=0.5))
+    assert [t.score > 0.5 for t in found] == [False, True, False]
+    assert [t.tip for t in found] == ["", everyone[1].tip, ""]
+    assert parts.collector.counters.tip_tokens == found[1].tip_tokens == everyone[1].tip_tokens > 0
+    assert all(t.tip for t in everyone)
+
+
 OTHER = [("memory.source", "other"), ("memory.threshold", 0.99), ("env.variations", [0, 1, 2])]
 
 

@@ -5,6 +5,7 @@ other half's actions are sampled. Which episodes share a batch depends on the pl
 `collect.deterministic` is switched off).
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ class CollectRules:
     max_turns: int
     tip_tokens: int = 0  #: token cap of the tip written at the end; 0: none is written
     tip_temperature: float = 1.0
+    tip_min_score: float = -math.inf  #: episodes with a lower score write no tip
 
 
 @dataclass
@@ -188,9 +190,10 @@ class Collector:
             self.pool.start_step(episode.slot, episode.act(completion))
 
     def _end(self, ended: Sequence[LiveEpisode], rules: CollectRules) -> list[Trajectory]:
-        """Close episodes; in training, each first writes its tip, with the policy that acted."""
-        tips: list[Completion | None] = [None] * len(ended)
-        if rules.tip_tokens and ended:
+        """Close episodes; in training, those whose tips will be shown first write one, with the policy that acted."""
+        tips: dict[int, Completion] = {}
+        writing = [episode for episode in ended if rules.tip_tokens and episode.score >= rules.tip_min_score]
+        if writing:
             started = time.perf_counter()
             params = SamplingParams(
                 temperature=rules.tip_temperature,
@@ -201,9 +204,10 @@ class Collector:
             room = self.longest - rules.tip_tokens
             requests = [
                 SampleRequest(slot=episode.slot, prompt=episode.tip_prompt(room), stream=(*episode.plan.key,))
-                for episode in ended
+                for episode in writing
             ]
-            tips = [*self.sampler.sample(requests, params)]
+            written = self.sampler.sample(requests, params)
+            tips = {episode.slot: tip for episode, tip in zip(writing, written, strict=True)}
             self.counters.tip_seconds += time.perf_counter() - started
-        self.counters.tip_tokens += sum(len(tip.token_ids) for tip in tips if tip)
-        return [episode.finish(self.sampler.version, tip) for episode, tip in zip(ended, tips, strict=True)]
+        self.counters.tip_tokens += sum(len(tip.token_ids) for tip in tips.values())
+        return [episode.finish(self.sampler.version, tips.get(episode.slot)) for episode in ended]

@@ -127,7 +127,7 @@ class MemoryConfig:
     placement: Literal["history", "latest"] = "history"
     """history: a tip stays in the turn where it was shown (append-only); latest: only the current turn shows tips."""
     show_min_score: float | None = None
-    """Entries with a lower final score are not shown; none: all are."""
+    """Episodes with a lower final score write no tip, and no such entry is shown; none: all do and are."""
     max_tip_tokens: int = 400
     """Tokens of tips in one prompt at most; with the whole history that is the whole episode."""
     tip_tokens: int = 48

@@ -7,6 +7,7 @@ novelty counts and weights are read-only; what the step found becomes visible wi
 Left out on purpose: which ids are trained (sequences.py), the objective (losses.py), what is retrieved (memory.py).
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -103,7 +104,7 @@ def choose_tasks(tasks: Sequence[Task], config: Config, step: int) -> list[Task]
 
 
 def collect_groups(parts: Parts, step: int) -> list[TrajectoryGroup]:
-    """Collect a step's groups; each episode ends with a tip by the policy that acted."""
+    """Collect a step's groups; each episode ends with a tip by the policy that acted, if the memory would show it."""
     config = parts.config
     size, seed = config.collect.group_size, config.train.seed
     tasks = choose_tasks(parts.train_tasks, config, step)
@@ -128,6 +129,7 @@ def collect_groups(parts: Parts, step: int) -> list[TrajectoryGroup]:
         max_turns=config.env.max_turns,
         tip_tokens=config.memory.tip_tokens if config.modes.p > 0 else 0,
         tip_temperature=config.memory.tip_temperature,
+        tip_min_score=-math.inf if config.memory.show_min_score is None else config.memory.show_min_score,
     )
     episodes = parts.collector.collect(plans, rules)
     return [
