@@ -455,15 +455,24 @@ def test_figures_are_the_same_bytes_each_time(tmp_path: Path):
     assert b"<dc:date>" not in first[1]
 
 
-def test_a_single_seed_has_a_line_and_no_shade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_one_or_two_seeds_have_lines_and_no_shade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from matplotlib.axes import Axes
 
     shades = []
     monkeypatch.setattr(Axes, "fill_between", lambda *given, **_: shades.append(given[1:]))
-    curves.draw_curves(study(*pair([0.6], [0.2])), tmp_path)
+    curves.draw_curves(study(*pair([0.6], [0.2, 0.3])), tmp_path)
     assert shades == []
-    curves.draw_curves(study(*pair([0.6, 0.7], [0.2])), tmp_path)
+    curves.draw_curves(study(*pair([0.6, 0.7, 0.65], [0.2, 0.3])), tmp_path)
     assert len(shades) == 2  # over episodes, over seconds
+
+
+def test_an_arm_without_a_line_has_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.axes import Axes
+
+    named = []
+    monkeypatch.setattr(Axes, "text", lambda _, x, y, text, **__: named.append(text))
+    curves.draw_curves(study(*pair([0.6], [0.2]), make("not run", 1, [])), tmp_path)
+    assert sorted(named) == ["new", "new", "old", "old"]  # over episodes, over seconds
 
 
 def test_the_compared_arms_keep_the_first_two_colours():

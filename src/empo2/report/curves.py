@@ -1,7 +1,8 @@
 """Learning curves and diagnostics as PNG and SVG (matplotlib, imported when something is drawn).
 
 One column a task. An arm keeps its colour everywhere: a thick line is the mean over finished seeds, the shade its 95 %
-interval (t), thin lines are seeds. The same study gives the same bytes on the same version of matplotlib.
+interval (t; from three seeds on, that of two would fill the picture), thin lines are seeds. The same study gives the
+same bytes on the same version of matplotlib.
 """
 
 import importlib.util
@@ -17,6 +18,8 @@ from empo2.report.statistics import Curve, band
 #: Okabe and Ito's palette, told apart by colour-blind readers; the compared arms take the first two
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "-", "--", "-.", ":", "--", "-.")
+
+MIN_SHADED = 3  #: seeds
 
 STYLE = {
     "font.size": 9,
@@ -147,7 +150,7 @@ def _draw_arm(panel: Any, study: Study, row: _Row, task: str, arm: str, colour: 
     if not found.xs:
         return every if row.evaluated else []
     panel.plot(found.xs, found.mean, color=colour, linewidth=2.2, linestyle=dash, solid_capstyle="round")
-    if found.low:
+    if found.low and len(finished) >= MIN_SHADED:
         panel.fill_between(found.xs, found.low, found.high, color=colour, alpha=0.14, linewidth=0)
     return [*(every if row.evaluated else []), Curve(found.xs, found.mean)]
 
@@ -157,19 +160,13 @@ def _label(panel: Any, colours: dict[str, tuple[str, str]], ends: dict[str, floa
     bottom, top = panel.get_ylim()
     panel_height = panel.get_figure().get_figheight() / max(panel.get_subplotspec().get_gridspec().nrows, 1)
     gap = 0.19 / panel_height  # of a line of text, as a share of the panel
-    wanted = {arm: (ends.get(arm, bottom) - bottom) / (top - bottom) for arm in colours}
-    order = sorted(colours, key=lambda arm: wanted[arm])
-    heights = spread([wanted[arm] for arm in order], gap)
-    for arm, height in zip(order, heights, strict=True):
-        panel.text(
-            1.02,
-            height,
-            arm.replace("$", r"\$"),
-            transform=panel.transAxes,
-            color=colours[arm][0],
-            va="center",
-            fontweight="bold",
-        )
+    wanted = {arm: (height - bottom) / (top - bottom) for arm, height in ends.items()}
+    order = sorted(wanted, key=lambda arm: wanted[arm])
+    for arm, height in zip(order, spread([wanted[arm] for arm in order], gap), strict=True):
+        colour, dash = colours[arm]
+        place: Any = {"transform": panel.transAxes, "color": colour, "clip_on": False}
+        panel.plot([1.02, 1.08], [height, height], linewidth=2.2, linestyle=dash, **place)
+        panel.text(1.09, height, arm.replace("$", r"\$"), va="center", fontweight="bold", **place)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
