@@ -336,7 +336,7 @@ def test_a_failed_cell_is_tried_twice_shown_as_failed_and_tried_again_next_time(
     assert "failed: empo2: it broke" in page(tmp_path), "the results know it without the run folder"
     stub.behaves()
     assert run(made, tmp_path)[0] == 0
-    assert len(stub.calls()) == 2, "both cells of grpo, whose folder was deleted"
+    assert [Path(call[-1]).name for call in stub.calls()] == ["seed-11"], "of seed 12 the copy is left"
     assert "Missing cells" not in page(tmp_path)
     assert not failed.exists()
 
@@ -472,13 +472,42 @@ def test_evaluations_with_tips_are_those_that_the_file_asks_for(tmp_path: Path, 
     assert "## After training" not in page(tmp_path)
 
 
-def test_a_deleted_run_folder_is_trained_again(tmp_path: Path, stub: Stub):
+def test_a_cell_deleted_in_both_places_is_trained_again(tmp_path: Path, stub: Stub):
     made = load(tmp_path)
     assert run(made, tmp_path)[0] == 0
-    shutil.rmtree(tmp_path / "out/smoke/empo2/seed-11")
+    for place in ("out", "results/cells"):
+        shutil.rmtree(tmp_path / place / "smoke/empo2/seed-11")
     stub.calls()
     assert run(made, tmp_path)[0] == 0
     assert [call[0] for call in stub.calls()] == ["train"]
+
+
+def test_elsewhere_it_goes_on_from_the_results(tmp_path: Path, stub: Stub):
+    """A checkout on another machine has no run folders; what is finished counts, what is not whole is made anew."""
+    stub.behaves(**{"grpo 11": "fails"})
+    asked = {"seeds": [11], "evaluate_tips": True}
+    assert run(load(tmp_path, **asked), tmp_path)[0] == 1
+    shutil.rmtree(tmp_path / "out")
+    stub.behaves()
+    stub.calls()
+    status, said = run(load(tmp_path, **asked), tmp_path)
+    assert status == 0
+    assert [call[0] for call in stub.calls()] == ["train", "evaluate"], "GRPO is evaluated without tips only"
+    assert any("1 cell(s) done, from" in line for line in said)
+    assert "Missing cells" not in page(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "results/cells/smoke/empo2/seed-11/tips.json").unlink()
+    assert run(load(tmp_path, **asked), tmp_path)[0] == 0
+    assert [call[0] for call in stub.calls()] == ["train"] + 3 * ["evaluate"]
+
+
+def test_with_checkpoints_kept_a_copy_in_the_results_is_not_enough(tmp_path: Path, stub: Stub):
+    made = load(tmp_path, seeds=[11], keep_checkpoints=True)
+    assert run(made, tmp_path)[0] == 0
+    shutil.rmtree(tmp_path / "out")
+    stub.calls()
+    assert run(made, tmp_path)[0] == 0
+    assert len(stub.calls()) == 2
 
 
 def test_a_training_that_fails_after_its_last_step_is_not_finished(tmp_path: Path, stub: Stub):

@@ -2,7 +2,8 @@
 
 Below the out folder, for each cell: `seed-11/` (the run folder), `seed-11.toml` (its recipe), `seed-11.log` and
 `seed-11.state.json` (done, or how it failed). Whatever is killed, this call included, a later call goes on: a run that
-is there is resumed, one in which a process of an earlier call still trains is waited for.
+is there is resumed, one in which a process of an earlier call still trains is waited for. A cell of which only the copy
+in the results is left, as on another machine, is done.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import tomli_w
 from empo2 import config as configs
 from empo2.config import nearest, read_toml
 from empo2.errors import ConfigError, UsageError
-from empo2.experiment.gather import asked_tips, beside, is_busy, is_done, report
+from empo2.experiment.gather import asked_tips, beside, is_busy, is_done, is_kept, report
 from empo2.experiment.plan import Cell, Experiment, differences
 from empo2.report import curves
 from empo2.run import available_cores, flush
@@ -62,6 +63,10 @@ def run(
         raise UsageError(f"--jobs must be at least 1, got {jobs}")
     with _alone_in(out):
         _check_unchanged(cells, out)
+        kept = [cell for cell in cells if not experiment.keep_checkpoints and is_kept(cell, out, results)]
+        if kept:
+            say(f"{len(kept)} cell(s) done, from {results}")
+        cells = [cell for cell in cells if cell not in kept]
         _prepare(cells, out, say)
         status = _run_cells(experiment, cells, out, at_once, say)
     report(experiment, out, results)

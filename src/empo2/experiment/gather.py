@@ -1,7 +1,7 @@
 """Run folders → the results folder, and records for the report from either.
 
 A finished cell's small files are copied to `cells/TASK/ARM/seed-N` of the results, so that the report can be made again
-when the run folders are gone. A run folder that is there counts, not its copy.
+when the run folders are gone, and the experiment goes on elsewhere. A run folder that is there counts, not its copy.
 """
 
 import datetime
@@ -143,6 +143,14 @@ def record(cell: Cell, out: Path, results: Path) -> Record:
         tips_missing=missing,
         provenance=_provenance(folder),
     )
+
+
+def is_kept(cell: Cell, out: Path, results: Path) -> bool:
+    """Whether only a cell's copy in the results is left, whole and of the file as it is."""
+    if (out / cell.place / "config.toml").exists():
+        return False
+    found = record(cell, out, results)
+    return found.state == "finished" and not found.tips_missing
 
 
 def _state(folder: Path, failed: list[str], metrics: list[dict[str, Any]]) -> tuple[State, str]:
