@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rich.bar import Bar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -134,6 +135,27 @@ def summary(evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> T
             ("distinct_states", "distinct states", 1),
         ):
             table.add_row(f"training, first → last step: {text}", *_compared(steps[0][key], steps[-1][key], scale))
+    return table
+
+
+def curve(evaluations: list[dict[str, Any]]) -> Table:
+    """Score by step, a row an evaluation, with a bar from the smallest (or 0) to the largest."""
+    table = Table(title="score without memory", title_justify="left")
+    table.add_column("step", justify="right")
+    kinds = [
+        (f"{name}score_mean", label)
+        for name, label in (("eval_train_", "trained"), ("eval_", "unseen"))
+        if f"{name}score_mean" in evaluations[0]
+    ]
+    for _, label in kinds:
+        table.add_column(label, justify="right")
+        table.add_column("", width=24)
+    lowest, highest = (choose(0.0, *(e[key] for e in evaluations for key, _ in kinds)) for choose in (min, max))
+    for each in evaluations:
+        cells: list[str | Bar] = [str(each["step"])]
+        for key, _ in kinds:
+            cells += [score(each[key]), Bar(size=(highest - lowest) or 1.0, begin=0.0, end=each[key] - lowest)]
+        table.add_row(*cells)
     return table
 
 

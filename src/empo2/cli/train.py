@@ -44,7 +44,7 @@ def execute(parsed: argparse.Namespace) -> int:
     else:
         recipe = config.from_dict(config.with_overrides(config.read_recipe(name), chosen_settings(parsed)))
     from empo2.assemble import preflight, resolved
-    from empo2.display import Display, solved_line, summary
+    from empo2.display import Display, curve, solved_line, summary
     from empo2.run import RunFolder
 
     quiet_libraries()
@@ -66,7 +66,10 @@ def execute(parsed: argparse.Namespace) -> int:
     if stop.asked() and run.checkpoints()[-1].step < recipe.train.steps:
         display.say(f"saved at step {run.checkpoints()[-1].step}; go on with: empo2 train --resume --run {run.path}")
         return 130
-    display.console.print(summary(run.evaluations(), run.metrics()))
+    evaluations = run.evaluations()
+    if len(evaluations) > 2:
+        display.console.print(curve(evaluations))
+    display.console.print(summary(evaluations, run.metrics()))
     display.say(solved_line(run.metrics()))
     display.say(f"run folder: {run.path}")
     display.say(f"trained model: {run.checkpoints()[-1].model}")
