@@ -283,6 +283,21 @@ def test_a_kl_or_entropy_term_keeps_groups_without_advantage(term):
     assert any(not torch.equal(value, calls.weights[name]) for name, value in learner.weights().items())
 
 
+@pytest.mark.parametrize("term", ["kl", "entropy"])
+def test_where_it_is_asked_hardly_any_advantage_counts_as_none(term):
+    """Such a group is moved by the KL or entropy term alone, as if its advantages were 0."""
+    reference = make_learner(seed=1).model if term == "kl" else None
+    loss = replace(UNMASKED, **{term: 0.1})
+    groups = [group_of(Mode.PLAIN), group_of(Mode.PLAIN, index=1)]
+    little = [((0.1, -0.1, 0.0),) * 4, advantages_of(groups[1])]
+    none = [((0.0,) * 3,) * 4, advantages_of(groups[1])]
+    kept, _, learner = step(groups, loss=loss, advantages=little, skip_below=0.1, reference=reference)
+    wanted, _, other = step(groups, loss=loss, advantages=none, reference=reference)
+    assert kept == wanted
+    assert all(torch.equal(value, other.weights()[name]) for name, value in learner.weights().items())
+    assert step(groups, loss=loss, advantages=little, reference=reference)[0] != wanted
+
+
 def test_the_learning_rate_follows_the_schedule():
     """Steps count from 1; the first of four warm-up steps has a quarter of the rate."""
     for number, rate in ((1, 0.5e-3), (2, 1e-3), (3, 1e-3), (4, 0.5e-3)):

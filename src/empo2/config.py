@@ -155,8 +155,9 @@ class AdvantageConfig:
     std_floor: float = 1e-6
     """Smallest divisor, in units of the score; larger keeps tiny differences from being blown up."""
     skip_below: float = 0.0
-    """Groups in which no advantage exceeds this in size are not trained on, like those in which all are 0: where only
-    a little novelty differs they cost as much as others, and Adam blows their gradient up to a full update."""
+    """Groups in which no advantage exceeds this in size count as those in which all are 0 (left out, or with a KL or
+    entropy term moved by that alone): where only a little novelty differs they cost as much as others, and Adam blows
+    their gradient up to a full update."""
     invalid_penalty: float = 0.0
     """Taken off the return for every action that the environment does not know, in units of the scaled reward."""
 

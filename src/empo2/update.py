@@ -26,16 +26,17 @@ def update_policy(
 ) -> StepUpdate:
     """Train on one step's groups.
 
-    Groups without advantage are left out before any forward pass (unless a KL or entropy term still moves them) and
-    do not count in the loss's denominator. Behavior log-probs are computed with the training forward before the first
+    Groups without advantage are left out before any forward pass and do not count in the loss's denominator; with a KL
+    or entropy term they are kept for that term alone. Behavior log-probs are computed with the training forward before the first
     update, where they can differ from the current ones. The last mini-batch may be smaller.
     """
     keeps_all = config.loss.kl > 0 or config.loss.entropy > 0
-    chosen = [
-        (group, values)
-        for group, values in zip(groups, advantages, strict=True)
-        if keeps_all or has_signal(values, config.advantage.skip_below)
-    ]
+    chosen = []
+    for group, values in zip(groups, advantages, strict=True):
+        if has_signal(values, config.advantage.skip_below):
+            chosen.append((group, values))
+        elif keeps_all:
+            chosen.append((group, tuple((0.0,) * len(turns) for turns in values)))
     trained: list[TrainingSequence] = []
     others: list[TrainingSequence] = []  # renderings of the denominator that are not the trained ones
     for group, values in chosen:
