@@ -27,8 +27,8 @@ def update_policy(
     """Train on one step's groups.
 
     Groups without advantage are left out before any forward pass and do not count in the loss's denominator; with a KL
-    or entropy term they are kept for that term alone. Behavior log-probs are computed with the training forward before the first
-    update, where they can differ from the current ones. The last mini-batch may be smaller.
+    or entropy term they are kept for that term alone. Behavior log-probs are computed with the training forward before
+    the first update, where they can differ from the current ones. The last mini-batch may be smaller.
     """
     keeps_all = config.loss.kl > 0 or config.loss.entropy > 0
     chosen = []
