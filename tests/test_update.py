@@ -298,6 +298,17 @@ def test_where_it_is_asked_hardly_any_advantage_counts_as_none(term):
     assert step(groups, loss=loss, advantages=little, reference=reference)[0] != wanted
 
 
+def test_where_there_is_no_advantage_no_denominator_is_computed():
+    """Of the group that the KL term alone moves; it is trained all the same."""
+    groups = [group_of(Mode.DISTILL), group_of(Mode.DISTILL, index=1)]
+    values = [((0.0,) * 3,) * 4, advantages_of(groups[1])]
+    loss = replace(UNMASKED, kl=0.1, off_policy_ratio="behavior")
+    result, calls, _ = step(groups, loss=loss, advantages=values, reference=make_learner(seed=1).model)
+    assert {by_key(sequence).group for sequence in calls.computed} == {1}
+    assert len(calls.batches[0]) == 8
+    assert result.num_skipped_groups == 0
+
+
 def test_the_learning_rate_follows_the_schedule():
     """Steps count from 1; the first of four warm-up steps has a quarter of the rate."""
     for number, rate in ((1, 0.5e-3), (2, 1e-3), (3, 1e-3), (4, 0.5e-3)):

@@ -44,7 +44,7 @@ def update_policy(
             own = sequences.trained(trajectory, turn_values, masked_modes=MASKED_MODES[config.loss.mask_modes])
             sampled = sequences.behavior(trajectory, off_policy_ratio=config.loss.off_policy_ratio)
             trained += own
-            if [s.token_ids for s in own] != [s.token_ids for s in sampled]:
+            if _has_advantage(own) and [s.token_ids for s in own] != [s.token_ids for s in sampled]:
                 others += sampled
     order = streams.shuffled(trained, config.train.seed, "mini-batch", step)
     size = config.learner.mini_batch or max(len(order), 1)
@@ -65,8 +65,18 @@ def _behavior_logprobs(
 ) -> Logprobs:
     """Denominators under the policy that collected: where the rendering differs, and from the second batch on.
 
-    The first batch is trained with that very policy, so that its ratios are exactly 1 without them.
+    The first batch is trained with that very policy, so that its ratios are exactly 1 without them. Where there is no
+    advantage the ratio moves nothing, and none is computed.
     """
     found = learner.logprobs(others)
-    later = [sequence for batch in batches[1:] for sequence in batch if sequence.spans[0].key not in found]
+    later = [
+        sequence
+        for batch in batches[1:]
+        for sequence in batch
+        if sequence.spans[0].key not in found and _has_advantage([sequence])
+    ]
     return found | learner.logprobs(later)
+
+
+def _has_advantage(rendered: Sequence[TrainingSequence]) -> bool:
+    return any(span.advantage != 0 for sequence in rendered for span in sequence.spans)
