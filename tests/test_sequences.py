@@ -194,6 +194,19 @@ def make_sequence(prompt: TokenIds, parts: list[tuple[int, int]], episode: int) 
     return TrainingSequence(token_ids=tuple(ids[: spans[-1].stop]), spans=tuple(spans))
 
 
+def episode_of(turns: str, index: int) -> TrainingSequence:
+    """One letter a turn: an observation of 20 ids and an action of 2, which depend on the letters so far."""
+    ids: list[int] = []
+    spans = []
+    for number in range(len(turns)):
+        seen = sum(ord(letter) * 10**place for place, letter in enumerate(turns[:number]))
+        ids += range(1000 * seen, 1000 * seen + 20)
+        key = SpanKey(0, index, number)
+        spans.append(Span(start=len(ids), stop=len(ids) + 2, key=key, advantage=1.0, sampler_logprobs=None))
+        ids += [ord(turns[number]), 7]
+    return TrainingSequence(token_ids=tuple(ids), spans=tuple(spans))
+
+
 #: Prompts that share 0 to 40 of their first ids, and some that are equal; completions may be equal too.
 prompts = st.tuples(st.integers(0, 40), st.integers(1, 3), st.integers(0, 3)).map(
     lambda p: (*range(p[0]), *([50 + p[1]] * p[1]), *range(60, 60 + p[2]))
@@ -202,12 +215,15 @@ parts = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, ma
 batches = st.lists(st.tuples(prompts, parts), min_size=1, max_size=8).map(
     lambda rows: [make_sequence(prompt, turns, index) for index, (prompt, turns) in enumerate(rows)]
 )
+trees = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=12).map(
+    lambda rows: [episode_of(turns, index) for index, turns in enumerate(rows)]
+)
 
 
 def seen_at(packed: Pack, position: int) -> tuple[TokenIds, tuple[int, ...]]:
     """What the token at ``position`` of a pack attends to: ids and their position ids, itself last."""
     (segment,) = [s for s in packed.segments if s.start <= position < s.stop]
-    visible = [*range(*(segment.context or (0, 0))), *range(segment.start, position + 1)]
+    visible = [*(at for part in segment.context for at in range(*part)), *range(segment.start, position + 1)]
     return tuple(packed.token_ids[i] for i in visible), tuple(packed.position_ids[i] for i in visible)
 
 
@@ -215,12 +231,15 @@ def check_pack(packed: Pack) -> Counter[tuple[SpanKey, int]]:
     """Each target is predicted from exactly the ids before it; which (turn, token) this pack trains, in span order."""
     assert len(packed.token_ids) == len(packed.position_ids) == packed.segments[-1].stop
     assert [s.start for s in packed.segments] == [0, *(s.stop for s in packed.segments[:-1])]  # no gap, no overlap
-    trained = [(row, span, at) for row, s in enumerate(packed.sequences) for span in s.spans for at in range_of(span)]
-    assert packed.rows == tuple(row for row, _, _ in trained)
-    for (row, _, at), position, target in zip(trained, packed.logit_positions, packed.targets, strict=True):
-        ids = packed.sequences[row].token_ids
+    assert {part for s in packed.segments for part in s.context} <= {(s.start, s.stop) for s in packed.segments}
+    for sequence, places in zip(packed.sequences, packed.places, strict=True):
+        assert seen_at(packed, places[-1]) == (sequence.token_ids, tuple(range(len(places))))
+        assert tuple(packed.token_ids[place] for place in places) == sequence.token_ids
+    trained = [(s.token_ids, span, at) for s in packed.sequences for span in s.spans for at in range_of(span)]
+    assert packed.logit_positions == tuple(sorted({packed.logit_positions[row] for row in packed.logit_rows}))
+    for (ids, _, at), row, target in zip(trained, packed.logit_rows, packed.targets, strict=True):
         assert target == ids[at]
-        assert seen_at(packed, position) == (ids[:at], tuple(range(at)))
+        assert seen_at(packed, packed.logit_positions[row]) == (ids[:at], tuple(range(at)))
     return Counter((span.key, at) for _, span, at in trained)
 
 
@@ -228,7 +247,7 @@ def range_of(span: Span) -> range:
     return range(span.start, span.stop)
 
 
-@given(batch=batches, max_tokens=st.integers(1, 250), order=st.randoms(use_true_random=False))
+@given(batch=batches | trees, max_tokens=st.integers(1, 250), order=st.randoms(use_true_random=False))
 @settings(max_examples=200, deadline=None)
 def test_packs(batch, max_tokens, order):
     packs = pack(batch, max_tokens)
@@ -237,7 +256,8 @@ def test_packs(batch, max_tokens, order):
     for packed in packs:
         assert len(packed.token_ids) <= max_tokens or len(packed.sequences) == 1
     for packed, following in pairwise(packs):  # a pack is closed only where the next sequence would not fit
-        assert len(packed.token_ids) + len(following.sequences[0].token_ids) > max_tokens
+        (joined,) = pack([*packed.sequences, following.sequences[0]], 10_000)
+        assert len(joined.token_ids) > max_tokens
     shuffled = list(batch)
     order.shuffle(shuffled)
     assert pack(shuffled, max_tokens) == packs
@@ -245,30 +265,41 @@ def test_packs(batch, max_tokens, order):
 
 
 def test_pack_in_numbers():
-    prefix = tuple(range(16))
-    one = make_sequence((*prefix, 20), [(2, 0)], episode=0)
-    other = make_sequence((*prefix, 21), [(1, 1), (1, 0)], episode=1)
+    prompt = tuple(range(16))
+    one = make_sequence((*prompt, 20), [(2, 0)], episode=0)
+    other = make_sequence((*prompt, 21), [(1, 1), (1, 0)], episode=1)
     (packed,) = pack([other, one], 100)
-    assert packed.token_ids == (*prefix, 20, 117, 118, 21, 117, 118, 119)
-    assert packed.position_ids == (*prefix, 16, 17, 18, 16, 17, 18, 19)
+    assert packed.token_ids == (*prompt, 20, 117, 118, 21, 117, 118, 119)
+    assert packed.position_ids == (*prompt, 16, 17, 18, 16, 17, 18, 19)
     assert packed.segments == (
         Segment(start=0, stop=16),
-        Segment(start=16, stop=19, context=(0, 16)),
-        Segment(start=19, stop=23, context=(0, 16)),
+        Segment(start=16, stop=19, context=((0, 16),)),
+        Segment(start=19, stop=23, context=((0, 16),)),
     )
     assert packed.sequences == (one, other)
     assert packed.logit_positions == (16, 17, 19, 21)
+    assert packed.logit_rows == (0, 1, 2, 3)
     assert packed.targets == (117, 118, 117, 119)
-    assert packed.rows == (0, 0, 1, 1)
+
+
+def test_episodes_that_acted_alike_share_those_turns():
+    """A tree: two episodes are equal, three begin with the same two turns, one differs in the first."""
+    (packed,) = pack([episode_of(turns, index) for index, turns in enumerate(("aab", "b", "aac", "aab", "ab"))], 1000)
+    check_pack(packed)
+    chosen = [episode_of(turns, 0).token_ids for turns in ("aab", "ab", "b")]
+    # what is shared goes up to the action; a prefix is not divided a second time within 16 tokens: "aab" and "aac"
+    assert len(packed.token_ids) == len(chosen[0]) + 2 + (len(chosen[1]) - 22 - 20) + (len(chosen[2]) - 20)
+    assert packed.segments[2].context == ((0, 20), (20, 42))
+    assert len(packed.logit_positions) < len(packed.logit_rows) == 2 * (3 + 1 + 3 + 3 + 2)
 
 
 def test_a_group_shares_its_prompt_once():
-    """Eight episodes of one task: the prompt's tokens go through the model once, but for the last one."""
+    """Eight episodes of one task: the prompt's tokens go through the model once."""
     prompt = tuple(range(64))
-    group = [make_sequence(prompt, [(1 + index, 0)], index) for index in range(8)]
+    group = [make_sequence((*prompt, 70 + index), [(1 + index, 0)], index) for index in range(8)]
     (packed,) = pack(group, 1000)
-    assert len(packed.token_ids) == 63 + sum(1 + 1 + index for index in range(8))
-    short = [make_sequence(prompt[:15], [(3, 0)], index) for index in range(8)]
+    assert len(packed.token_ids) == 64 + sum(1 + 1 + index for index in range(8))
+    short = [make_sequence((*prompt[:15], 70 + index), [(3, 0)], index) for index in range(8)]
     assert [len(packed.segments) for packed in pack(short, 1000)] == [8]
 
 
@@ -292,5 +323,5 @@ def test_an_episode_grown_by_the_chat_format_is_packed_as_it_was_acted():
     beats = [Beat(observation=f"room {n}", tips=(f"tip {n}",), completion=said("go north")) for n in range(3)]
     episode, seen = play(beats, rules(), Mode.WITH_TIPS)
     (packed,) = pack(sequences.trained(episode, [1.0] * 3, masked_modes=frozenset()), 4096)
-    starts = [packed.logit_positions[i] for i in range(0, len(packed.targets), len(said("go north")))]
+    starts = [packed.logit_positions[row] for row in packed.logit_rows[:: len(said("go north"))]]
     assert [seen_at(packed, position)[0] for position in starts] == seen

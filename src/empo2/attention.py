@@ -54,11 +54,11 @@ def causal_mask(own: int, seen_before: int, device: torch.device) -> Tensor | No
 
 
 class AttendSegments:
-    """Training: each segment sees its context (a shared prefix) and itself causally; segments do not see each other."""
+    """Training: each segment sees its context (shared prefixes) and itself causally, and no other segment."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments = segments
-        lengths = [s.context[1] - s.context[0] if s.context else 0 for s in segments]
+        lengths = [sum(stop - start for start, stop in s.context) for s in segments]
         self.longest = max(s.stop - s.start + shared for s, shared in zip(segments, lengths, strict=True))
         self._masks = [causal_mask(s.stop - s.start, n, device) for s, n in zip(segments, lengths, strict=True)]
 
@@ -71,8 +71,9 @@ class AttendSegments:
         for (q, k, v), segment, mask in zip(pieces, self.segments, self._masks, strict=True):
             own[segment.start, segment.stop] = k, v
             if segment.context:
-                shared_k, shared_v = own[segment.context]
-                k, v = torch.cat([shared_k, k], dim=2), torch.cat([shared_v, v], dim=2)
+                shared = [own[part] for part in segment.context]
+                k = torch.cat([*(part for part, _ in shared), k], dim=2)
+                v = torch.cat([*(part for _, part in shared), v], dim=2)
             parts.append(
                 F.scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True

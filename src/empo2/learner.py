@@ -13,6 +13,7 @@ from empo2 import losses
 from empo2.attention import AttendSegments
 from empo2.config import LearnerConfig, LossConfig
 from empo2.errors import TrainingDiverged
+from empo2.frozen import FrozenLayers
 from empo2.sequences import Pack, pack
 from empo2.types import SpanKey, TrainingSequence
 
@@ -32,7 +33,7 @@ class UpdateStats:
     kl: float
     grad_norm: float  #: before clipping
     num_tokens: int  #: completion tokens trained
-    num_computed: int  #: tokens that went through the model
+    num_computed: int  #: tokens that went through the policy and the reference
     sampler_gap_mean: float  #: |log-prob of trainer − of sampler|, where the trained rendering was sampled
     sampler_gap_max: float
     skipped: bool  #: NaN or infinity: nothing was changed
@@ -52,7 +53,6 @@ class _Sums:
     gap: float = 0.0
     gap_tokens: int = 0
     gap_max: float = 0.0
-    computed: int = 0
 
 
 class Learner:
@@ -79,6 +79,7 @@ class Learner:
         self._compute_dtype = compute_dtype
         self._reference = reference.eval().requires_grad_(False) if reference is not None else None
         self._device = next(model.parameters()).device
+        self._frozen = FrozenLayers(model)
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.lr,
@@ -115,6 +116,18 @@ class Learner:
                     }
 
     @torch.no_grad()
+    def prepare(self, sequences: Sequence[TrainingSequence]) -> None:
+        """Compute what the frozen layers make of a step's sequences, for every later pass over them; forget the last.
+
+        It changes no result, and `logprobs` and `update` take other sequences as well.
+        """
+        self._frozen.forget()
+        if self._frozen.layers:
+            for packed in pack(sequences, self._config.micro_batch_tokens):
+                with self._autocast():
+                    self._frozen.compute(packed, **self._inputs(packed))
+
+    @torch.no_grad()
     def logprobs(self, sequences: Sequence[TrainingSequence]) -> Logprobs:
         """Log-probs of all completions under the current weights."""
         found: Logprobs = {}
@@ -138,6 +151,7 @@ class Learner:
         weights = losses.token_weights(lengths, loss.aggregation, fixed_length=loss.fixed_length)
         weight_of = {sequence.spans[0].key: weight for sequence, weight in zip(sequences, weights, strict=True)}
         sums = _Sums()
+        computed_before = self.tokens_computed
         self.optimizer.zero_grad(set_to_none=True)
         for packed in pack(sequences, self._config.micro_batch_tokens):
             self._accumulate(packed, behavior, weight_of, sums)
@@ -158,7 +172,8 @@ class Learner:
                     "or train in float32 (model.trainer_dtype)"
                 )
         self.optimizer.zero_grad(set_to_none=True)
-        return _stats(sums, sum(lengths), norm, skipped=not finite)
+        num_computed = self.tokens_computed - computed_before
+        return _stats(sums, sum(lengths), num_computed, norm, skipped=not finite)
 
     def _check_weights(self) -> None:
         """Raise TrainingDiverged if the update left NaN or infinity in a weight: there is no way back from that."""
@@ -195,6 +210,7 @@ class Learner:
         )
         per_token = torch.where(kept, policy, torch.zeros_like(policy)) - loss.entropy * entropies
         if loss.kl > 0:
+            # on the same pack, so that the term is exactly 0 as long as the policy is the reference
             with torch.no_grad():
                 reference = self._token_logprobs(self._reference, packed)[0]
             divergence = losses.k3_divergence(logprobs, reference)
@@ -208,7 +224,6 @@ class Learner:
         sums.ratio_max = max(sums.ratio_max, float(ratio.detach().max()))
         sums.clipped += float((clipped & kept).sum())
         sums.masked += float((~kept).sum())
-        sums.computed += len(packed.token_ids)
         gaps = (current - columns.sampled).abs()[columns.was_sampled]
         if len(gaps):
             sums.gap += float(gaps.sum())
@@ -220,20 +235,24 @@ class Learner:
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of a pack's completion tokens, [N] each, float32."""
         self.tokens_computed += len(packed.token_ids)
-        with self._autocast():
-            out = model(
-                input_ids=torch.tensor([packed.token_ids], device=self._device),
-                position_ids=torch.tensor([packed.position_ids], device=self._device),
-                use_cache=False,
-                attend=AttendSegments(packed.segments, self._device),
-                logits_to_keep=torch.tensor(packed.logit_positions, device=self._device),
-            )
+        keep = torch.tensor(packed.logit_positions, device=self._device)
+        with self._autocast(), self._frozen.given(model, packed):
+            out = model(**self._inputs(packed), logits_to_keep=keep)
         logits = out.logits[0]
         logits = (logits if logits.dtype == torch.float64 else logits.float()) / self._temperature
+        rows = torch.tensor(packed.logit_rows, device=self._device)
         targets = torch.tensor(packed.targets, device=self._device)
-        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None])[:, 0]
+        logprobs = torch.log_softmax(logits, dim=-1)[rows, targets]
         entropies = losses.entropy(logits if with_entropy_gradient else logits.detach())
-        return logprobs, entropies
+        return logprobs, entropies[rows]
+
+    def _inputs(self, packed: Pack) -> dict[str, Any]:
+        return {
+            "input_ids": torch.tensor([packed.token_ids], device=self._device),
+            "position_ids": torch.tensor([packed.position_ids], device=self._device),
+            "use_cache": False,
+            "attend": AttendSegments(packed.segments, self._device),
+        }
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._compute_dtype in (torch.float32, torch.float64):
@@ -292,7 +311,7 @@ def _spans(packed: Pack) -> Iterator[Any]:
         yield from sequence.spans
 
 
-def _stats(sums: _Sums, num_tokens: int, norm: float, *, skipped: bool) -> UpdateStats:
+def _stats(sums: _Sums, num_tokens: int, num_computed: int, norm: float, *, skipped: bool) -> UpdateStats:
     return UpdateStats(
         loss=sums.loss,
         entropy=sums.entropy / num_tokens,
@@ -303,7 +322,7 @@ def _stats(sums: _Sums, num_tokens: int, norm: float, *, skipped: bool) -> Updat
         kl=sums.kl / num_tokens,
         grad_norm=norm,
         num_tokens=num_tokens,
-        num_computed=sums.computed,
+        num_computed=num_computed,
         sampler_gap_mean=sums.gap / sums.gap_tokens if sums.gap_tokens else 0.0,
         sampler_gap_max=sums.gap_max,
         skipped=skipped,

@@ -2,11 +2,12 @@
 
 A trajectory has two renderings (types.py). `build` follows one of them: while a turn continues the ids before it, the
 episode stays one sequence with one span per completion; where it does not, a new sequence begins. `pack` lays
-sequences end to end, a prefix that several share only once.
+sequences out as a prefix tree.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from empo2.types import Mode, Rendering, Span, SpanKey, TokenIds, TrainingSequence, Trajectory, Turn
 
@@ -88,26 +89,27 @@ def behavior(trajectory: Trajectory, *, off_policy_ratio: str) -> list[TrainingS
 class Segment:
     """Tokens ``start`` to ``stop`` of a pack, which attend to each other causally and to all of ``context``.
 
-    A pack's segments tile it; a context is an earlier segment.
+    A pack's segments tile it; a context is a chain of earlier segments, from the first token on.
     """
 
     start: int
     stop: int
-    context: tuple[int, int] | None = None  #: (start, stop) of a shared prefix in the same pack
+    context: tuple[tuple[int, int], ...] = ()  #: (start, stop) of the segments before it in its sequences
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """One forward pass: sequences end to end without padding, common prefixes once.
+    """One forward pass: sequences as a prefix tree without padding, what several begin with only once.
 
-    Two sequences [p q a b] and [p q c d] with a prefix of two tokens::
+    Three sequences [p q a b], [p q a c d] and [p q a c e]::
 
-        token_ids     p q a b c d
-        position_ids  0 1 2 3 2 3
-        segments      (0, 2)  (2, 4, context (0, 2))  (4, 6, context (0, 2))
+        token_ids     p q a b c d e
+        position_ids  0 1 2 3 3 4 4
+        segments      (0, 3)  (3, 4, context (0, 3))  (4, 5, context (0, 3))  (5, 6, context (0, 3) (4, 5))  …
 
-    ``logit_positions[n]`` is where token n of the flat completion tokens is predicted, ``targets[n]`` its id,
-    ``rows[n]`` the index of its sequence among those packed, in span order.
+    Episodes of one task share their prompts, and the turns in which they acted alike. ``logit_positions`` are the
+    places, each once, at which something is predicted. For token n of the flat completion tokens, in span order,
+    ``targets[n]`` is its id and ``logit_rows[n]`` the index of its place among them.
     """
 
     token_ids: tuple[int, ...]
@@ -115,8 +117,9 @@ class Pack:
     segments: tuple[Segment, ...]
     sequences: tuple[TrainingSequence, ...]
     logit_positions: tuple[int, ...]
+    logit_rows: tuple[int, ...]
     targets: tuple[int, ...]
-    rows: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...]  #: of each sequence: where its tokens lie
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -131,82 +134,98 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-SHORTEST_SHARED_PREFIX = 16  #: shorter ones are not worth a segment of their own
+SHORTEST_SEGMENT = 16  #: a prefix is shared from where it has as many tokens more than the one before it
 
 
 def pack(sequences: Iterable[TrainingSequence], max_tokens: int) -> list[Pack]:
-    """Packs of at most ``max_tokens`` tokens (one sequence alone may exceed it), in an order that shares prefixes.
-
-    The last token before a sequence's first span always stays in the sequence's own segment, so a shared prefix
-    predicts no trained token.
-    """
+    """Packs of at most ``max_tokens`` tokens (one sequence alone may exceed it), in an order that shares prefixes."""
     packs: list[Pack] = []
-    family: list[TrainingSequence] = []
-    families: list[list[TrainingSequence]] = []
-    used = 0
+    tree = _Tree()
     for sequence in sorted(sequences, key=lambda s: (s.token_ids, s.spans[0].key)):
-        joined = [*family, sequence]
-        cost = _cost(joined) - _cost(family) if family else len(sequence.token_ids)
-        fits_family = bool(family) and cost < len(sequence.token_ids)
-        cost = min(cost, len(sequence.token_ids))
-        if (families or family) and used + cost > max_tokens:
-            packs.append(_lay_out([*families, family] if family else families))
-            families, family, used = [], [], 0
-            cost, fits_family = len(sequence.token_ids), False
-        if fits_family:
-            family = joined
-        else:
-            families += [family] if family else []
-            family = [sequence]
-        used += cost
-    if family:
-        packs.append(_lay_out([*families, family]))
-    return packs
+        if tree.members and tree.num_tokens + tree.cost(sequence) > max_tokens:
+            packs.append(tree.lay_out())
+            tree = _Tree()
+        tree.add(sequence)
+    return [*packs, tree.lay_out()] if tree.members else packs
 
 
-def _shared_prefix(family: Sequence[TrainingSequence]) -> int:
-    first = family[0]
-    limit = min(sequence.spans[0].start - 1 for sequence in family)
-    shared = min([limit, *(common_prefix(first.token_ids, sequence.token_ids) for sequence in family[1:])])
-    return shared if shared >= SHORTEST_SHARED_PREFIX else 0
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens ``start`` to ``stop`` of a sequence, stored with ``member``, one of those that begin with them."""
+
+    start: int
+    stop: int
+    member: int
 
 
-def _cost(family: Sequence[TrainingSequence]) -> int:
-    shared = _shared_prefix(family) if len(family) > 1 else 0
-    return sum(len(sequence.token_ids) for sequence in family) - shared * (len(family) - 1)
+class _Tree:
+    """The sequences of one pack, added in sorted order: one that comes branches off the path of the last one."""
 
+    def __init__(self) -> None:
+        self.members: list[TrainingSequence] = []
+        self.num_tokens = 0
+        self._branches: list[int] = []  # by member: tokens that it takes from those before it
+        self._cuts: list[list[int]] = []  # by member: where others branch off its own tokens
+        self._path: list[_Piece] = []  # of the last member
 
-def _lay_out(families: Sequence[Sequence[TrainingSequence]]) -> Pack:
-    ids: list[int] = []
-    positions: list[int] = []
-    segments: list[Segment] = []
-    logit_positions: list[int] = []
-    targets: list[int] = []
-    rows: list[int] = []
-    packed: list[TrainingSequence] = []
-    for family in families:
-        shared = _shared_prefix(family) if len(family) > 1 else 0
-        context = (len(ids), len(ids) + shared) if shared else None
-        if context:
-            segments.append(Segment(start=context[0], stop=context[1]))
-            ids += family[0].token_ids[:shared]
-            positions += range(shared)
-        for sequence in family:
-            offset = len(ids) - shared
-            segments.append(Segment(start=len(ids), stop=offset + len(sequence.token_ids), context=context))
-            ids += sequence.token_ids[shared:]
-            positions += range(shared, len(sequence.token_ids))
+    def cost(self, sequence: TrainingSequence) -> int:
+        """Tokens that the sequence would add."""
+        return len(sequence.token_ids) - self._branch(sequence)
+
+    def add(self, sequence: TrainingSequence) -> None:
+        branch, length, member = self._branch(sequence), len(sequence.token_ids), len(self.members)
+        path = [piece for piece in self._path if piece.start < branch]
+        if path and branch < path[-1].stop:
+            last = path.pop()
+            self._cuts[last.member].append(branch)
+            path.append(_Piece(last.start, branch, last.member))
+        self._path = [*path, _Piece(branch, length, member)] if branch < length else path
+        self.members.append(sequence)
+        self._branches.append(branch)
+        self._cuts.append([])
+        self.num_tokens += length - branch
+
+    def _branch(self, sequence: TrainingSequence) -> int:
+        """Where the sequence leaves the path of the last one; not much behind another such place."""
+        if not self.members:
+            return 0
+        shared = common_prefix(self.members[-1].token_ids, sequence.token_ids)
+        last = max((piece.stop for piece in self._path if piece.stop <= shared), default=0)
+        return shared if shared - last >= SHORTEST_SEGMENT else last
+
+    def lay_out(self) -> Pack:
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        path: list[tuple[int, Segment]] = []  # of the last member: segments and their first tokens' places in it
+        places: list[tuple[int, ...]] = []
+        predicting: list[int] = []
+        targets: list[int] = []
+        for sequence, branch, cuts in zip(self.members, self._branches, self._cuts, strict=True):
+            path = [(start, segment) for start, segment in path if start < branch]
+            bounds = [branch, *sorted(set(cuts)), len(sequence.token_ids)]
+            for start, stop in pairwise(bounds):
+                if start == stop:
+                    continue
+                context = tuple((segment.start, segment.stop) for _, segment in path)
+                path.append((start, Segment(start=len(ids), stop=len(ids) + stop - start, context=context)))
+                segments.append(path[-1][1])
+                ids += sequence.token_ids[start:stop]
+                positions += range(start, stop)
+            shared = places[-1][:branch] if branch else ()
+            places.append((*shared, *range(len(ids) - len(sequence.token_ids) + branch, len(ids))))
             for span in sequence.spans:
-                logit_positions += range(offset + span.start - 1, offset + span.stop - 1)
+                predicting += places[-1][span.start - 1 : span.stop - 1]
                 targets += sequence.token_ids[span.start : span.stop]
-                rows += [len(packed)] * (span.stop - span.start)
-            packed.append(sequence)
-    return Pack(
-        token_ids=tuple(ids),
-        position_ids=tuple(positions),
-        segments=tuple(segments),
-        sequences=tuple(packed),
-        logit_positions=tuple(logit_positions),
-        targets=tuple(targets),
-        rows=tuple(rows),
-    )
+        logit_positions = sorted(set(predicting))
+        row_of = {position: row for row, position in enumerate(logit_positions)}
+        return Pack(
+            token_ids=tuple(ids),
+            position_ids=tuple(positions),
+            segments=tuple(segments),
+            sequences=tuple(self.members),
+            logit_positions=tuple(logit_positions),
+            logit_rows=tuple(row_of[position] for position in predicting),
+            targets=tuple(targets),
+            places=tuple(places),
+        )

@@ -49,6 +49,7 @@ def update_policy(
     order = streams.shuffled(trained, config.train.seed, "mini-batch", step)
     size = config.learner.mini_batch or max(len(order), 1)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
+    learner.prepare([*order, *others])
     computed_before = learner.tokens_computed
     behavior = _behavior_logprobs(learner, batches, others)
     num_computed = learner.tokens_computed - computed_before
