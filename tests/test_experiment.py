@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -310,6 +311,32 @@ def test_all_cells_run_once_and_the_report_is_made(tmp_path: Path, stub: Stub):
     assert stub.calls() == [], "finished cells are not run again"
     assert heard[0].startswith("4 cells, 4 of them done")
     assert not (places[0] / "checkpoints").exists()
+
+
+def test_the_report_is_made_while_cells_run(tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cells, "REPORT_EVERY_S", 0.0)
+    finished: list[str] = []
+
+    def hear(line: str) -> None:
+        if line.startswith(("[2/4]", "[3/4]")):
+            finished.extend(re.findall(r"(\d of 4) cells are finished", page(tmp_path)))
+
+    assert experiment.run(load(tmp_path), tmp_path / "out", tmp_path / "results", 1, None, hear) == 0
+    assert [int(count[0]) for count in finished] in ([1, 2], [2, 3]), "the next cell may have ended meanwhile"
+
+
+def test_a_report_that_fails_while_cells_run_does_not_end_them(
+    tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cells, "REPORT_EVERY_S", 0.0)
+    made = load(tmp_path)
+    assert run(made, tmp_path, arms=["empo2"])[0] == 0
+    (tmp_path / "out/smoke/empo2/seed-11/run.json").write_bytes(b"[]")
+    heard: list[str] = []
+    with pytest.raises(CheckpointError, match=r"run\.json"):
+        experiment.run(made, tmp_path / "out", tmp_path / "results", 1, ["grpo"], heard.append)
+    assert sum(": finished" in line for line in heard) == 2
+    assert any(line.startswith("no report yet: ") for line in heard)
 
 
 def test_one_arm_and_kept_checkpoints(tmp_path: Path, stub: Stub):

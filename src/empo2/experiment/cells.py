@@ -26,7 +26,7 @@ import tomli_w
 
 from empo2 import config as configs
 from empo2.config import nearest, read_toml
-from empo2.errors import ConfigError, UsageError
+from empo2.errors import ConfigError, Empo2Error, UsageError
 from empo2.experiment.gather import asked_tips, beside, is_busy, is_done, is_kept, report
 from empo2.experiment.plan import Cell, Experiment, differences
 from empo2.report import curves
@@ -40,6 +40,7 @@ TIPS = {
 }
 ATTEMPTS = 2
 LOG_LINES = 5  #: of a failed cell that are kept
+REPORT_EVERY_S = 300.0  #: while cells run, when one has ended
 
 Say = Callable[[str], None]
 
@@ -47,7 +48,9 @@ Say = Callable[[str], None]
 def run(
     experiment: Experiment, out: Path, results: Path, jobs: int | None, arms: Sequence[str] | None, say: Say
 ) -> int:
-    """Run what is not done yet, then make the report; the exit status: 0 all done, 1 some cell failed, 130 interrupted.
+    """Run what is not done yet and make the report, at the end and now and then as cells end.
+
+    The exit status: 0 all done, 1 some cell failed, 130 interrupted.
 
     ``jobs`` cells at once (None: as many as the cores allow), ``arms`` only (None: all). On Ctrl-C each cell under way
     finishes its step and saves. Cells that failed in an earlier call are tried again. Raises UsageError (ConfigError,
@@ -68,7 +71,14 @@ def run(
             say(f"{len(kept)} cell(s) done, from {results}")
         cells = [cell for cell in cells if cell not in kept]
         _prepare(cells, out, say)
-        status = _run_cells(experiment, cells, out, at_once, say)
+
+        def report_so_far() -> None:
+            try:
+                report(experiment, out, results)
+            except Empo2Error as error:  # the cells go on; the report at the end says it again
+                say(f"no report yet: {error}")
+
+        status = _run_cells(experiment, cells, out, at_once, say, report_so_far)
     report(experiment, out, results)
     say(f"report: {results / 'results.md'}")
     return status
@@ -130,7 +140,9 @@ def _prepare(cells: Sequence[Cell], out: Path, say: Say) -> None:
         path.write_text(tomli_w.dumps(configs.to_dict(resolved(cell.recipe))), encoding="utf-8")
 
 
-def _run_cells(experiment: Experiment, cells: Sequence[Cell], out: Path, jobs: int, say: Say) -> int:
+def _run_cells(
+    experiment: Experiment, cells: Sequence[Cell], out: Path, jobs: int, say: Say, report_so_far: Callable[[], None]
+) -> int:
     todo = [cell for cell in cells if not _is_complete(cell, out / cell.place)]
     threads = experiment.threads
     say(
@@ -141,12 +153,16 @@ def _run_cells(experiment: Experiment, cells: Sequence[Cell], out: Path, jobs: i
     with ThreadPoolExecutor(jobs) as pool, _interrupts() as asked:
         futures = {pool.submit(run_cell, experiment, cell, out / cell.place, children): cell for cell in todo}
         try:
+            reported = time.monotonic()
             pending: set[Future[str]] = set(futures)
             while pending:
                 ended, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
                 for future in sorted(ended, key=lambda f: todo.index(futures[f])):
                     states.append(future.result())
                     _tell(futures[future], out, states, len(todo), say)
+                if ended and pending and time.monotonic() - reported >= REPORT_EVERY_S:
+                    report_so_far()
+                    reported = time.monotonic()
                 while children.interrupts < len(asked):
                     if not children.interrupts:
                         say("stopping: the steps under way are finished and saved first (once more: end at once)")
