@@ -39,7 +39,16 @@ def policys_success(variation: int) -> float:
     """Of the warmed policy, at temperature 1, on the selection seed."""
     command = [sys.executable, "-m", "empo2", "evaluate", config_path(), "--recipe", "coin", "--json"]
     command += ["--split", "train", "--env.variations", str(variation), "--variations", "1"]
-    command += ["--episodes", str(EPISODES), "--eval.temperature", "1.0", "--train.seed", str(SEED)]
+    command += [
+        "--train.threads",
+        "1",
+        "--episodes",
+        str(EPISODES),
+        "--eval.temperature",
+        "1.0",
+        "--train.seed",
+        str(SEED),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["success_rate"])
 
