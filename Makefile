@@ -24,7 +24,7 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --no-deps -e .
 	@touch .venv/ready
 
-# Coin Collector, four of the recipe's games: minutes on two cores.
+# Coin Collector in four games that are found soon: minutes on two cores.
 train: setup
 	$(BIN)/empo2 train coin --env.variations 14,26,45,94 --eval.train_variations 4 --eval.every 5 --train.steps 20
 

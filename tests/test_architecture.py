@@ -11,18 +11,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "empo2"
 LAYERS = [
     {"errors", "types", "config", "streams", "__init__"},
     {"chat", "prompts", "modes", "advantages", "sequences", "losses", "lowrank"},  # pure: values in, values out
-    {
-        "attention",
-        "models",
-        "store",
-        "memory",
-        "novelty",
-        "embed",
-        "envs",
-        "sampler",
-        "frozen",
-        "learner",
-    },  # owners of state
+    # owners of state
+    {"attention", "models", "store", "memory", "novelty", "embed", "envs", "sampler", "frozen", "learner"},
     {"episode", "examples", "collect", "run", "algorithms", "walks", "lessons"},
     {"update", "metrics", "precision", "assemble", "doctor"},
     {"train", "evaluate", "display", "report"},

@@ -203,7 +203,7 @@ class _Tree:
         targets: list[int] = []
         for sequence, branch, cuts in zip(self.members, self._branches, self._cuts, strict=True):
             path = [(start, segment) for start, segment in path if start < branch]
-            bounds = [branch, *sorted(set(cuts)), len(sequence.token_ids)]
+            bounds = [branch, *sorted(cuts), len(sequence.token_ids)]
             for start, stop in pairwise(bounds):
                 if start == stop:
                     continue
