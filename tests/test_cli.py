@@ -236,7 +236,8 @@ def test_envs_lists_tasks_with_their_real_counts(capsys):
     printed = capsys.readouterr().out
     assert "scienceworld: 30 tasks" in printed
     line = next(line for line in printed.splitlines() if " power-component " in line)
-    assert line.split()[1:] == ["10", "5", "5"]
+    assert line.split()[1:] == ["10:", "0…9", "5:", "10…14", "5:", "15…19"]
+    assert "1000: 10000…10999" in printed, "which seeds of games there are"
 
 
 def test_help_names_every_setting(capsys):

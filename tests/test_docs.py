@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from empo2 import cli, config
-from empo2.config import recipe_folder
+from empo2 import cli, config, experiment
+from empo2.config import read_toml, recipe_folder
+from empo2.experiment.plan import differences
 
 ROOT = Path(__file__).parents[1]
+STUDIES = [p for p in sorted((ROOT / "docs" / "results").glob("*/*.toml")) if p.with_suffix("").is_dir()]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -67,3 +69,14 @@ def test_every_recipe_is_named_in_the_readme():
 def test_the_test_command_of_the_readme_is_what_ci_runs():
     assert "make test" in (ROOT / "README.md").read_text()
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda p: p.stem)
+def test_committed_results_are_those_of_their_experiment_file(study: Path):
+    """A recipe that changes changes the studies made with it, unless they say what they were made with."""
+    cells = experiment.load(study).cells
+    kept = [(cell, study.with_suffix("") / "cells" / cell.place / "config.toml") for cell in cells]
+    found = [(cell, path) for cell, path in kept if path.exists()]
+    assert found
+    for cell, path in found:
+        assert differences(cell.recipe, read_toml(path)) == [], path

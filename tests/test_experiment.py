@@ -157,6 +157,9 @@ def test_tips_are_evaluated_only_where_an_arm_has_them(tmp_path: Path):
         ({"arms__grpo__model.max_tokens": 512}, ["model.max_tokens"]),
         ({"arms__grpo__prompt.examples": 0}, ["prompt.examples"]),
         ({"arms__grpo__collect.group_size": 4}, ["collect.group_size"]),
+        ({"arms__other": {"train.steps": 1}}, ["arm 'other' has train.steps = 1", "after 2", "never reaches"]),
+        ({"arms__other": {"seeds": [13]}}, ["arm 'other' (seeds [13])", "shares no seed", "[11, 12]"]),
+        ({"tasks": {"a": {}, "b": {"env.max_turns": 6}}}, ["'a' and 'b' have equal settings"]),
         ({"arms__grpo__collect.groups_per_step": 4}, ["collect.groups_per_step"]),
         (
             {"arms__grpo__train.steps": 3, "settings__learner.schedule": "cosine"},
@@ -190,6 +193,7 @@ def test_settings_that_differ_from_a_run_are_named(tmp_path: Path):
     ran = configs.to_dict(recipe)
     ran["train"] |= {"steps": 5, "checkpoint_every": 77, "gone": 1}
     ran["model"]["sampler_dtype"] = "float32"
+    ran["warmup"]["lr"] = 7.0
     del ran["learner"]["lr"], ran["advantage"]["skip_below"]  # of a run from before there were such settings
     assert differences(recipe, ran) == ["train.steps = 5 (the file: 2)", "learner.lr = 1e-05 (the file: 0.001)"]
 
@@ -240,7 +244,8 @@ if does == "waits":
     (here / f"interrupts-{seed}").write_text(str(len(stopped)))
     sys.exit(130)
 lines = [{"step": s, "num_episodes": 18, "tokens_sampled": 10, "tokens_computed": 20, "seconds_total": 1.5,
-          "entropy": 1.0, "grad_norm": 1.0, "distinct_states": s, "valid_action_rate": 0.5, "success_rate": 0.1}
+          "updates": 1, "entropy": 1.0, "grad_norm": 1.0, "distinct_states": s,
+          "valid_action_rate": 0.5, "success_rate": 0.1}
          for s in range(1, steps + 1)]
 gain = 20.0 if values["train"]["algorithm"] == "empo2" else 5.0
 scores = [{"step": s, "eval_train_score_mean": 10 + gain * s + seed / 10, "eval_score_mean": 1.0}
@@ -612,8 +617,37 @@ def test_runs_of_the_file_as_it_was_are_not_gone_on_with(tmp_path: Path, stub: S
     experiment.report(longer, tmp_path / "out", tmp_path / "results")
     assert "| smoke | empo2 | 11 | other settings: train.steps = 2 (the file: 3) |" in page(tmp_path)
     shutil.rmtree(tmp_path / "out")
+    copy = tmp_path / "results/cells/smoke/grpo/seed-11/config.toml"
+    before = copy.read_bytes()
+    with pytest.raises(ConfigError, match=r"grpo/seed-11 ran with train\.steps = 2 \(the file: 3\).*--results"):
+        run(longer, tmp_path, arms=["grpo"])
+    assert (stub.calls(), copy.read_bytes()) == ([], before), "they may be all that is left of a study"
+    shutil.rmtree(tmp_path / "results/cells/smoke/empo2")
     assert run(longer, tmp_path, arms=["empo2"])[0] == 0
     assert "No seed is finished in both" in page(tmp_path), "copies of the file as it was are no partners"
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_runs(tmp_path: Path, stub: Stub):
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(UsageError, match=r"cannot be written to .*results .*choose another --results"):
+        run(load(tmp_path), tmp_path)
+    assert stub.calls() == []
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_cell(tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cells, "REPORT_EVERY_S", 0.0)
+    heard: list[str] = []
+    write_report, asked = cells.report, []
+
+    def fails_once(*arguments: Any) -> None:
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise OSError(28, "No space left on device")
+        write_report(*arguments)
+
+    monkeypatch.setattr(cells, "report", fails_once)
+    assert experiment.run(load(tmp_path), tmp_path / "out", tmp_path / "results", 1, None, heard.append) == 0
+    assert any("no report yet" in line and "No space left" in line for line in heard)
 
 
 # --- results ---

@@ -49,6 +49,7 @@ def episode(number: int = 0, turns: tuple[Turn, ...] | None = None, **changes) -
 BASE = (episode(0), episode(1))
 TIP = Tip(text="t", score=1.0, similarity=0.9, source=EpisodeKey(0, 0, 0))
 TRUNCATED = replace(turn().completion, truncated=True)
+SURE = replace(turn().completion, logprobs=(-0.25,))
 TIPPED = replace(BASE[1], mode=Mode.WITH_TIPS, turns=(turn(tips=(TIP,), candidates=3, entries=4), turn()))
 
 
@@ -71,6 +72,7 @@ def collected(*episodes: Trajectory, returns: tuple[float, ...] | None = None) -
         ("unparsed_rate", (BASE[0], episode(1, (turn(parsed=False), turn()))), 0.25),
         ("turns_mean", (BASE[0], episode(1, (turn(),) * 4)), 3.0),
         ("token_limit_rate", (BASE[0], replace(BASE[1], ending=Ending.TOKEN_LIMIT)), 0.5),
+        ("entropy_sampled", (BASE[0], episode(1, (turn(completion=SURE),) * 2)), 0.625),
         ("novelty_mean", (BASE[0], episode(1, (turn(novelty=1.0), turn()))), 0.25),
         ("tips_written", (BASE[0], replace(BASE[1], tip="Look first.")), 1),
         ("tips_retrieved_mean", (BASE[0], TIPPED), 0.5),
@@ -83,6 +85,15 @@ def collected(*episodes: Trajectory, returns: tuple[float, ...] | None = None) -
 def test_collection_metrics_move(name, changed, value):
     assert collected(*BASE).get(name) != value
     assert collected(*changed)[name] == value
+
+
+def test_the_sampled_entropy_is_that_of_episodes_without_tips():
+    told = replace(TIPPED, turns=(turn(completion=SURE),))
+    assert collected(BASE[0], told)["entropy_sampled"] == 1.0
+    assert collected(told, told)["entropy_sampled"] is None
+    two = replace(turn().completion, token_ids=(2, 3), logprobs=(-1.0, -4.0))
+    mixed = episode(1, (turn(), turn(completion=two)))
+    assert collected(told, mixed)["entropy_sampled"] == 2.0, "tokens count alike"
 
 
 def test_return_and_the_share_of_novelty_in_it():
@@ -111,7 +122,7 @@ STATS = UpdateStats(
 )
 
 
-def updated(*stats: UpdateStats, skipped_groups: int = 0) -> dict[str, float]:
+def updated(*stats: UpdateStats, skipped_groups: int = 0) -> dict[str, float | None]:
     return metrics.of_update(StepUpdate(updates=stats, num_skipped_groups=skipped_groups, num_computed=5))
 
 
@@ -144,8 +155,10 @@ def test_the_sampler_gap_is_that_of_the_first_update():
 
 
 def test_a_step_without_any_signal_says_so():
-    assert updated(skipped_groups=2)["loss"] == 0
-    assert updated(skipped_groups=2)["zero_advantage_groups"] == 2
+    found = updated(skipped_groups=2)
+    assert {key: found[key] for key in metrics.OF_UPDATES} == dict.fromkeys(metrics.OF_UPDATES), "none is 0"
+    assert (found["zero_advantage_groups"], found["updates"], found["tokens_trained"]) == (2, 0, 0)
+    assert list(found) == list(updated(STATS)), "the columns stay"
 
 
 def test_first_successes():

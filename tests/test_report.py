@@ -56,7 +56,7 @@ def make(
         detail=detail,
         metrics=tuple(
             {"step": step, "num_episodes": 10, "tokens_sampled": 100, "tokens_computed": 40, "seconds_total": seconds,
-             "entropy": 1.0, "grad_norm": "inf" if step == 2 else 1.0, "distinct_states": step,
+             "updates": 1, "entropy": 1.0, "grad_norm": "inf" if step == 2 else 1.0, "distinct_states": step,
              "valid_action_rate": 0.5, "success_rate": 0.1}
             for step in steps
         ),
@@ -167,6 +167,15 @@ def test_budgets_add_up_over_steps():
     assert record.spent("seconds") == {0: 0, 1: 2.5, 2: 5}
     assert record.evaluated(MEASURE, "tokens") == Curve((0, 140, 280), (0.0, 0.1, 0.5))
     assert record.trained("grad_norm", "episodes") == Curve((10,), (1.0,)), "an infinite step is left out"
+
+
+def test_steps_that_trained_nothing_have_no_entropy():
+    """Not 0, as metrics.jsonl said before it said null: the curve would fall where nothing was measured."""
+    first, second = make("new", 1, [0.0, 0.1, 0.5]).metrics
+    for nothing in ({"entropy": None, "updates": 0}, {"entropy": 0.0, "updates": 0}):
+        record = replace(make("new", 1, [0.0, 0.1, 0.5]), metrics=({**first, **nothing}, second))
+        assert record.trained("entropy", "episodes") == Curve((20,), (1.0,))
+        assert record.trained("distinct_states", "episodes").xs == (10, 20)
 
 
 def test_an_evaluation_whose_step_is_not_recorded_yet_has_no_place():
@@ -416,6 +425,9 @@ def test_a_report_of_nothing_is_a_report(tmp_path: Path):
     assert "0.00" not in page
 
 
+P32 = {"sampler": "bfloat16", "trainer": "float32"}
+
+
 def test_runs_with_other_weights_or_on_other_machines_are_named(tmp_path: Path):
     one, other = pair([0.6], [0.2])
     other = replace(
@@ -428,6 +440,15 @@ def test_runs_with_other_weights_or_on_other_machines_are_named(tmp_path: Path):
     assert "P, 2 cores; Q, 4 cores" in text
     assert "seconds are of more than one machine" in text
     assert "code: abc, def" in text
+    assert "seconds and tokens are of more than one version of the code" in text
+    alone = [replace(record, provenance={**one.provenance, "precision": P32}) for record in pair([0.6], [0.2])]
+    text = tables.repeat_section(study(*alone), summarize(study(*alone), MEASURE))
+    assert "more than one" not in text
+    assert "precision: bfloat16 sampler, float32 trainer" in text
+    went_on = replace(alone[0], provenance={**alone[0].provenance, "resumed": [other.provenance]})
+    text = tables.repeat_section(study(went_on, alone[1]), summarize(study(*alone), MEASURE))
+    assert "code: abc, def" in text
+    assert "more than one machine" in text
 
 
 # --- figures ---

@@ -45,6 +45,22 @@ def test_stopping_after_three_steps_and_resuming_equals_going_straight(straight:
     assert fingerprint(run_training(tmp_path / "run", smoke())) == fingerprint(straight)
 
 
+def test_what_a_run_goes_on_with_is_noted_where_it_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = run_training(tmp_path / "run", smoke(), stop_after=3)
+    resume = ["train", "--resume", "--run", str(run.path)]
+    begun = run.provenance()
+    assert begun["precision"] == {"sampler": "float32", "trainer": "float32"}
+    run.note_resumption(run.config())
+    assert run.provenance() == begun, "the same code on the same machine"
+    monkeypatch.setattr("empo2.run.code_version", lambda: "younger")
+    assert cli.main(resume) == 0
+    noted = run.provenance()["resumed"]
+    assert [(part["code"], part["machine"]) for part in noted] == [("younger", begun["machine"])]
+    assert run.provenance() | {"resumed": noted} == begun | {"resumed": noted}, "what it began with stays"
+    run.note_resumption(run.config())
+    assert run.provenance()["resumed"] == noted
+
+
 def test_kill_9_and_resume_equals_going_straight(straight: RunFolder, tmp_path: Path):
     """Killed after the fourth step, saved at the third: metrics, memory and novelty of step four are taken back."""
     folder = tmp_path / "run"

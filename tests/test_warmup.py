@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from empo2 import config, models
-from empo2.assemble import assemble, make_suite, prompt_rules, train_tasks
+from empo2.assemble import assemble, imitated_tasks, make_suite, prompt_rules, train_tasks
 from empo2.chat import ChatFormat
 from empo2.cli import main
 from empo2.config import Config, LearnerConfig, LossConfig
 from empo2.envs.lock import HOUSES, LockEnvironment, way_out
-from empo2.errors import UsageError
+from empo2.errors import MissingPart, UsageError
 from empo2.examples import WorkedExamples
 from empo2.learner import Learner
 from empo2.lessons import Classroom, Lesson, lessons, tip_of
@@ -321,6 +321,12 @@ def test_the_whole_command(tmp_path: Path, capsys):
     assert set(note["scores"]) == {f"lock/lock-4/{variation}" for variation in range(4)}
     parts = assemble(recipe(("model.path", str(folder))), ":memory:", with_learner=True)
     parts.close()
+    shown = recipe(("model.path", str(folder)), ("env.variations", "3,4,999,0"))
+    assert [task.variation for task in imitated_tasks(shown)] == [4, 999]
+    assert imitated_tasks(recipe(("model.path", str(folder)))) == []
+    (folder / "warmup.json").write_text('{"games": {"lock-4": 3}}')
+    with pytest.raises(MissingPart, match=r"warmup\.json is damaged"):
+        imitated_tasks(shown)
     assert main(["warmup", "lock", "--model.path", str(folder), *flags]) == 2
     assert "is there already" in capsys.readouterr().err
 

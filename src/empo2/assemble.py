@@ -111,6 +111,15 @@ def preflight(config: Config) -> None:
         models.locate(config.model.path)
 
 
+def imitated_tasks(config: Config) -> list[Task]:
+    """Tasks to train on that the policy walked to the end in its warm-up: what it scores there is not exploration."""
+    if config.model.path in (models.TINY, models.WORDS):
+        return []
+    games = models.imitated(config.model.path)
+    trained = train_tasks(config, make_suite(config))
+    return [t for t in trained if t.name in games and games[t.name][0] <= t.variation <= games[t.name][1]]
+
+
 def resolved(config: Config) -> Config:
     """The recipe with this machine's precision in place of `auto`, so that a run is resumed as it began."""
     model = config.model

@@ -1,4 +1,4 @@
-"""What a step says about itself: one flat dict of numbers. Pure."""
+"""What a step says about itself: one flat dict of numbers; None where there was nothing to measure. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,12 @@ from empo2.collect import CollectCounters
 from empo2.envs.pool import PoolCounters
 from empo2.types import Mode, Trajectory, TrajectoryGroup
 from empo2.update import StepUpdate
+
+#: means over a step's updates: None in a step without one (before 2026-11-26: 0)
+OF_UPDATES = (
+    *("loss", "entropy", "ratio_mean", "ratio_max", "clip_fraction", "masked_token_fraction", "kl", "grad_norm"),
+    *("sampler_gap_mean", "sampler_gap_max"),
+)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -51,6 +57,7 @@ def of_collection(groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[
         "solved_tasks": sorted({str(t.task) for t in episodes if t.success}),
         "score_std_in_group": _mean([_std([t.score for t in group.trajectories]) for group in groups]),
         "return_mean": _mean([value for values in returns for value in values]),
+        "entropy_sampled": entropy_sampled([t for t in episodes if t.mode is Mode.PLAIN]),
         "novelty_mean": _mean([turn.novelty for turn in turns]),
         "novelty_share_of_advantage": _mean(shares),
         "tips_written": sum(bool(trajectory.tip) for trajectory in episodes),
@@ -58,6 +65,15 @@ def of_collection(groups: Sequence[TrajectoryGroup], returns: Sequence[Sequence[
         "tip_candidate_share": _mean([turn.candidates / turn.entries for turn in with_tips if turn.entries]),
         "episode_restarts": sum(trajectory.restarts for trajectory in episodes),
     }
+
+
+def entropy_sampled(episodes: Sequence[Trajectory]) -> float | None:
+    """Mean −log-prob of the tokens that were sampled (nats): the policy's entropy a token, estimated from what it did.
+
+    Unlike the entropy of the update, which is that of the trained tokens, every step has it. None without episodes.
+    """
+    logprobs = [value for t in episodes for turn in t.turns for value in turn.completion.logprobs]
+    return -_mean(logprobs) if logprobs else None
 
 
 def first_successes(steps: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -74,31 +90,35 @@ def _std(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def of_update(update: StepUpdate) -> dict[str, float]:
-    """Token-weighted means over the step's updates; zeros where every group was skipped."""
+def of_update(update: StepUpdate) -> dict[str, float | None]:
+    """Token-weighted means over the step's updates; None where every group was skipped."""
     stats = update.updates
     tokens = sum(s.num_tokens for s in stats)
 
     def mean(field: str) -> float:
-        return sum(getattr(s, field) * s.num_tokens for s in stats) / tokens if tokens else 0.0
+        return sum(getattr(s, field) * s.num_tokens for s in stats) / tokens
 
-    return {
+    counts: dict[str, float | None] = {
         "zero_advantage_groups": update.num_skipped_groups,
         "updates": len(stats),
         "updates_skipped": sum(s.skipped for s in stats),
+        "tokens_trained": tokens,
+        "tokens_computed": sum(s.num_computed for s in stats) + update.num_computed,
+    }
+    if not stats:
+        return counts | dict.fromkeys(OF_UPDATES)
+    return counts | {
         "loss": _mean([s.loss for s in stats]),
         "entropy": mean("entropy"),
         "ratio_mean": mean("ratio_mean"),
-        "ratio_max": max((s.ratio_max for s in stats), default=0.0),
+        "ratio_max": max(s.ratio_max for s in stats),
         "clip_fraction": mean("clip_fraction"),
         "masked_token_fraction": mean("masked_fraction"),
         "kl": mean("kl"),
         "grad_norm": _mean([s.grad_norm for s in stats]),
         # of the first update, before which trainer and sampler hold the same weights
-        "sampler_gap_mean": stats[0].sampler_gap_mean if stats else 0.0,
-        "sampler_gap_max": stats[0].sampler_gap_max if stats else 0.0,
-        "tokens_trained": tokens,
-        "tokens_computed": sum(s.num_computed for s in stats) + update.num_computed,
+        "sampler_gap_mean": stats[0].sampler_gap_mean,
+        "sampler_gap_max": stats[0].sampler_gap_max,
     }
 
 

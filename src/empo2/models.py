@@ -222,6 +222,20 @@ def locate(path: str) -> str:
     return path
 
 
+def imitated(path: str) -> dict[str, tuple[int, int]]:
+    """Task → first and last variation of the games in which a policy was warmed up; empty for other models.
+
+    Raises MissingPart if there is no such model, or its note is damaged.
+    """
+    note = Path(locate(path)) / "warmup.json"
+    if not note.exists():
+        return {}
+    try:
+        return {name: (first, last) for name, (first, last, _) in json.loads(note.read_text())["games"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise MissingPart(f"{note} is damaged; warm up again, or remove it") from None
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of `model.path`."""
     if path == TINY:

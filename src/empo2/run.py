@@ -122,6 +122,15 @@ class RunFolder:
     def provenance(self) -> dict[str, Any]:
         return read_object(self.path / "run.json")
 
+    def note_resumption(self, config: Config) -> None:
+        """Add to run.json what the run goes on with, where that is not what it ran with before."""
+        told = self.provenance()
+        resumed = list(told.get("resumed", []))
+        now = {key: value for key, value in provenance(config).items() if key in ON_RESUMPTION}
+        before = (resumed or [told])[-1]
+        if any(now[key] != before.get(key) for key in ON_RESUMPTION if key != "date"):
+            self._write("run.json", json.dumps(told | {"resumed": [*resumed, now]}, indent=1))
+
     @property
     def store(self) -> Path:
         return self.path / "memory.sqlite"
@@ -314,7 +323,11 @@ def provenance(config: Config) -> dict[str, Any]:
         "weights": weights_digest(config.model.path),
         "seed": config.train.seed,
         "threads": config.train.threads or available_cores(),
+        "precision": {"sampler": config.model.sampler_dtype, "trainer": config.model.trainer_dtype},
     }
+
+
+ON_RESUMPTION = ("date", "code", "python", "packages", "machine")  #: what may change while a run is stopped
 
 
 def package_version(name: str) -> str | None:

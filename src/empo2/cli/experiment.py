@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from empo2.cli.common import Commands, quiet_libraries
+from empo2.errors import UsageError
 
 
 def add(commands: Commands) -> None:
@@ -31,6 +32,8 @@ def execute(parsed: argparse.Namespace) -> int:
     out = parsed.out or Path("runs") / f"experiment-{plan.name}"
     results = parsed.results or out / "results"
     if parsed.report:
+        if parsed.arm or parsed.jobs:
+            raise UsageError("--report runs nothing, so that --arm and --jobs mean nothing; leave them out")
         experiment.report(plan, out, results)
         print(f"report: {results / 'results.md'}")
         return 0

@@ -3,6 +3,9 @@
 import argparse
 
 from empo2.cli.common import Commands, quiet_libraries
+from empo2.envs.base import Split
+
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 
 def add(commands: Commands) -> None:
@@ -25,10 +28,11 @@ def envs(parsed: argparse.Namespace) -> int:
     for name in [parsed.name] if parsed.name else SUITES:
         environment = suite(name)
         print(f"{name}: {len(environment.task_names())} tasks")
-        print(f"  {'task':<52} {'train':>6} {'dev':>6} {'test':>6}")
+        print(f"  {'task':<52} {'variations to train on':<24} {'dev':<24} {'test':<24}".rstrip())
         for task in environment.task_names():
-            counts = [len(environment.variations(task, split)) for split in ("train", "dev", "test")]
-            print(f"  {task:<52} {counts[0]:>6} {counts[1]:>6} {counts[2]:>6}")
+            found = [environment.variations(task, split) for split in SPLITS]
+            told = [f"{len(of)}: {of[0]}…{of[-1]}" if of else "0" for of in found]
+            print(f"  {task:<52} {told[0]:<24} {told[1]:<24} {told[2]:<24}".rstrip())
     return 0
 
 

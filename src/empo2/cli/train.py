@@ -43,7 +43,7 @@ def execute(parsed: argparse.Namespace) -> int:
         recipe = _resumed_recipe(parsed)
     else:
         recipe = config.from_dict(config.with_overrides(config.read_recipe(name), chosen_settings(parsed)))
-    from empo2.assemble import preflight, resolved
+    from empo2.assemble import imitated_tasks, preflight, resolved
     from empo2.display import Display, curve, solved_line, summary
     from empo2.run import RunFolder
 
@@ -55,6 +55,8 @@ def execute(parsed: argparse.Namespace) -> int:
     preflight(recipe)
     recipe = resolved(recipe)
     fetch_missing(recipe, display.say)
+    if known := imitated_tasks(recipe):
+        display.say(f"{len(known)} of the tasks were shown in the policy's warm-up ({known[0]}): no exploration there")
     if not parsed.resume:
         folder = parsed.run or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = RunFolder.create(folder, recipe)
@@ -62,6 +64,8 @@ def execute(parsed: argparse.Namespace) -> int:
     with run.locked():
         if not any(checkpoint.step == recipe.train.steps for checkpoint in run.checkpoints()):
             display.say(f"run folder: {run.path}")
+            if parsed.resume:
+                run.note_resumption(recipe)
             _train(recipe, run, display, stop, new=not parsed.resume)
     if stop.asked() and run.checkpoints()[-1].step < recipe.train.steps:
         display.say(f"saved at step {run.checkpoints()[-1].step}; go on with: empo2 train --resume --run {run.path}")

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,7 @@ def run(
         raise UsageError(f"--jobs must be at least 1, got {jobs}")
     with _alone_in(out):
         _check_unchanged(cells, out)
+        _check_copies(cells, out, results)
         kept = [cell for cell in cells if not experiment.keep_checkpoints and is_kept(cell, out, results)]
         if kept:
             say(f"{len(kept)} cell(s) done, from {results}")
@@ -75,7 +77,7 @@ def run(
         def report_so_far() -> None:
             try:
                 report(experiment, out, results)
-            except Empo2Error as error:  # the cells go on; the report at the end says it again
+            except (Empo2Error, OSError) as error:  # the cells go on; the report at the end says it again
                 say(f"no report yet: {error}")
 
         status = _run_cells(experiment, cells, out, at_once, say, report_so_far)
@@ -116,6 +118,24 @@ def _check_unchanged(cells: Sequence[Cell], out: Path) -> None:
                 f"{folder} is done and its checkpoint deleted, but its evaluations with tips are not those that the "
                 "file asks for (evaluate_tips, tips_episodes, tips_temperature); delete it, choose another --out, or "
                 "change the file back"
+            )
+
+
+def _check_copies(cells: Sequence[Cell], out: Path, results: Path) -> None:
+    """Refuse a results folder that cannot be written, or that holds cells of other settings, before they are lost."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=results).close()
+    except OSError as error:
+        raise UsageError(
+            f"the report cannot be written to {results} ({error.strerror}); choose another --results"
+        ) from None
+    for cell in cells:
+        copy = results / "cells" / cell.place / "config.toml"
+        if copy.exists() and (changed := differences(cell.recipe, read_toml(copy))):
+            raise ConfigError(
+                f"{copy.parent} ran with {', '.join(changed)}, and the report would replace it; delete it, choose "
+                "another --results, or change the experiment file back"
             )
 
 
@@ -283,7 +303,7 @@ def _train(cell: Cell, folder: Path, log: Path, children: Children) -> bool:
 
 
 def _evaluate(cell: Cell, folder: Path, log: Path, children: Children) -> bool:
-    """Evaluate on the trained variations with no tips, its own and another task's, into tips.json."""
+    """Evaluate on the trained variations with no tips, its own and another variation's, into tips.json."""
     env = cell.recipe.env
     common = ["evaluate", str(folder), "--split", "train", "--json"]
     common += ["--variations", str(len(env.variations) or env.num_variations)]

@@ -44,8 +44,8 @@ _KIND_NAMES = {
 #: what all arms of a task must have in common, beside whole sections
 EQUAL_SECTIONS = ("model", "env", "eval", "prompt")
 EQUAL_KEYS = ("collect.groups_per_step", "collect.group_size", "collect.max_action_tokens")
-#: what cannot change a run's numbers
-WITHOUT_EFFECT = ("train.checkpoint_every", "train.keep_checkpoints")
+#: settings and whole sections that cannot change a training's numbers
+WITHOUT_EFFECT = ("train.checkpoint_every", "train.keep_checkpoints", "warmup")
 SET_BY_EXPERIMENT = {"train.seed": "seeds", "train.threads": "threads"}
 
 
@@ -118,7 +118,8 @@ def load(path: Path) -> Experiment:
         for arm, of_arm in arms.items()
     }
     for task in tasks:
-        check_comparable({arm: recipes[task, arm] for arm in arms})
+        check_comparable({arm: recipes[task, arm] for arm in arms}, compare)
+    _check_tasks({task: [recipes[task, arm] for arm in arms] for task in tasks})
     _check_measure(values["measure"], list(recipes.values()))
     if values["evaluate_tips"] and not any(recipe.modes.p > 0 for recipe in recipes.values()):
         raise ConfigError("evaluate_tips = true, but no arm acts with tips (modes.p is 0 in all); set it to false")
@@ -232,6 +233,12 @@ def _compare(named: Sequence[Any], seeds: Mapping[str, tuple[int, ...]]) -> tupl
             f"the compared arms {first!r} (seeds {list(seeds[first])}) and {second!r} (seeds {list(seeds[second])}) "
             "must have equal seeds, as they are paired by seed; set their seeds"
         )
+    for arm, own in seeds.items():
+        if not set(own) & set(seeds[first]):
+            raise ConfigError(
+                f"arm {arm!r} (seeds {list(own)}) shares no seed with {first!r} ({list(seeds[first])}), and arms are "
+                "compared seed by seed; set its seeds"
+            )
     return first, second
 
 
@@ -249,7 +256,7 @@ def flat(recipe: Config) -> dict[str, Any]:
     return {f"{s}.{key}": value for s, entries in configs.to_dict(recipe).items() for key, value in entries.items()}
 
 
-def check_comparable(recipes: Mapping[str, Config]) -> None:
+def check_comparable(recipes: Mapping[str, Config], compare: tuple[str, str]) -> None:
     """Raise ConfigError unless the arms of a task spend their budget on the same thing.
 
     More steps are allowed, so that a faster arm can be shown at equal seconds; a learning rate that depends on the
@@ -270,6 +277,13 @@ def check_comparable(recipes: Mapping[str, Config]) -> None:
                     f"{name} is {one[name]!r} in arm {first!r} and {two[name]!r} in {arm!r}, but arms that are "
                     "compared must act in the same world and be measured alike; set it in [settings] or in [tasks]"
                 )
+    needed = min(recipes[arm].train.steps for arm in compare)
+    for arm, recipe in recipes.items():
+        if recipe.train.steps < needed:
+            raise ConfigError(
+                f"arm {arm!r} has train.steps = {recipe.train.steps}, but {compare[0]!r} and {compare[1]!r} are "
+                f"compared after {needed}, which it never reaches; raise it"
+            )
     if len({recipe.train.steps for recipe in recipes.values()}) > 1:
         for arm, recipe in recipes.items():
             if recipe.learner.schedule != "constant":
@@ -277,6 +291,15 @@ def check_comparable(recipes: Mapping[str, Config]) -> None:
                     f"arm {arm!r} has learner.schedule = {recipe.learner.schedule!r}, which depends on train.steps, "
                     "and the arms' train.steps differ; make the schedule constant or the steps equal"
                 )
+
+
+def _check_tasks(recipes: Mapping[str, Sequence[Config]]) -> None:
+    """Refuse one task under two names, which would count twice in the mean over all tasks."""
+    names = list(recipes)
+    for index, task in enumerate(names):
+        for before in names[:index]:
+            if recipes[before] == recipes[task]:
+                raise ConfigError(f"tasks {before!r} and {task!r} have equal settings; keep one of them")
 
 
 def _check_measure(measure: str, recipes: Sequence[Config]) -> None:
@@ -322,6 +345,6 @@ def differences(recipe: Config, ran: Mapping[str, Mapping[str, Any]]) -> list[st
     for name, wanted in flat(recipe).items():
         section, key = name.split(".")
         value = ran.get(section, {}).get(key, defaults[name])
-        if value != wanted and wanted != "auto" and name not in WITHOUT_EFFECT:
+        if value != wanted and wanted != "auto" and not {name, section} & set(WITHOUT_EFFECT):
             found.append(f"{name} = {value!r} (the file: {wanted!r})")
     return found

@@ -38,7 +38,8 @@ STYLE = {
 }
 
 DIAGNOSTICS = {
-    "entropy": "entropy (nats a token)",
+    "entropy_sampled": "entropy without tips,\nsampled (nats a token)",
+    "entropy": "entropy, trained tokens\n(nats a token)",
     "grad_norm": "gradient norm",
     "distinct_states": "distinct states seen",
 }
@@ -70,7 +71,8 @@ def draw_curves(study: Study, folder: Path) -> None:
 def draw_diagnostics(study: Study, folder: Path) -> None:
     """diagnostics.png and diagnostics.svg: how training went, step by step, over episodes."""
     rows = [_Row(label=label, key=key, axis="episodes", evaluated=False) for key, label in DIAGNOSTICS.items()]
-    _draw(study, rows, folder / "diagnostics", height=1.9)
+    drawn = [row for row in rows if any(row.curve(record).xs for record in study.records)]  # older runs lack some
+    _draw(study, drawn or rows, folder / "diagnostics", height=1.9)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from empo2.metrics import OF_UPDATES
 from empo2.report.statistics import Curve
 
 Axis = Literal["episodes", "tokens", "seconds"]
@@ -14,7 +15,7 @@ AXES: tuple[Axis, ...] = ("episodes", "tokens", "seconds")
 AXIS_HELP: dict[Axis, str] = {
     "episodes": "training episodes collected so far",
     "tokens": "tokens sampled in training (actions and tips) + tokens that went through the model in training "
-    "(behavior log-probs and updates); what the sampler reads again and evaluations are not counted",
+    "(behavior and reference log-probs, updates); what the sampler reads again and evaluations are not counted",
     "seconds": "seconds of training steps; loading the model and evaluations are not counted",
 }
 
@@ -33,8 +34,8 @@ class Record:
     """One cell: what its run folder (or the copy in the results) says.
 
     ``evaluations`` and ``metrics`` are the lines of the run's files, by step; ``tips`` is the content of tips.json
-    (evaluations without tips and, where the arm acts with tips, with its own and another task's), None where that was
-    not done or not asked for.
+    (evaluations without tips and, where the arm acts with tips, with its own and another variation's), None where that
+    was not done or not asked for.
     """
 
     task: str
@@ -62,9 +63,11 @@ class Record:
         return _finite([spent[line["step"]] for line in lines], [line[measure] for line in lines])
 
     def trained(self, key: str, axis: Axis) -> Curve:
-        """A key of metrics.jsonl after each step; steps where it is not finite are left out."""
+        """A key of metrics.jsonl after each step; steps that did not measure it, or not finite, are left out."""
         spent = self.spent(axis)
-        lines = [line for line in self.metrics if key in line]
+        lines = [line for line in self.metrics if line.get(key) is not None]
+        if key in OF_UPDATES:  # older runs noted zeros where nothing was trained
+            lines = [line for line in lines if line["updates"]]
         return _finite([spent[line["step"]] for line in lines], [line[key] for line in lines])
 
 

@@ -49,7 +49,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class TipsScores:
-    """A trained arm that acts with no tips, its own, or another task's; differences are paired by seed.
+    """A trained arm that acts with no tips, its own, or another variation's; differences are paired by seed.
 
     None: an arm that never acts with tips.
     """

@@ -98,7 +98,7 @@ def _place(found: Difference) -> str:
 
 
 def tips_table(rows: Sequence[TipsScores], places: int) -> str:
-    header = ["task", "arm", "seeds", "no tips", "own tips", "another task's tips"]
+    header = ["task", "arm", "seeds", "no tips", "own tips", "another variation's tips"]
     cells = [
         [
             row.task,
@@ -130,7 +130,11 @@ def missing_table(records: Sequence[Record]) -> str:
 
 def repeat_section(study: Study, summary: Summary) -> str:
     """Command, machines, dates, code versions, seeds, budgets."""
-    told = [record.provenance for record in study.records if record.provenance]
+    begun = [record.provenance for record in study.records if record.provenance]
+    told = [part for provenance in begun for part in (provenance, *provenance.get("resumed", ()))]
+    precision = _distinct(
+        f"{p['precision']['sampler']} sampler, {p['precision']['trainer']} trainer" for p in begun if "precision" in p
+    )
     machines = _distinct(f"{p['machine']['processor']}, {p['machine']['cores']} cores" for p in told)
     codes = _distinct(str(p["code"]) for p in told)
     packages = _distinct(", ".join(f"{n} {v}" for n, v in p["packages"].items() if v and n != "empo2") for p in told)
@@ -141,7 +145,9 @@ def repeat_section(study: Study, summary: Summary) -> str:
         "```",
         "",
         f"- machine: {'; '.join(machines) or NONE}; {study.threads} thread(s) a cell",
-        *(["- the seconds are of more than one machine"] if len(machines) > 1 else []),
+        *(["- **the seconds are of more than one machine**"] if len(machines) > 1 else []),
+        *(["- **the seconds and tokens are of more than one version of the code**"] if len(codes) > 1 else []),
+        *([f"- precision: {'; '.join(precision)}"] if precision else []),
         f"- dates: {NONE if not dates else ' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
         f"- code: {', '.join(codes) or NONE}",
         f"- packages: {'; '.join(packages) or NONE}",

@@ -139,7 +139,7 @@ def _interval(estimate: Estimate, places: int) -> str:
 
 
 def tips_verdict(rows: Sequence[TipsScores], places: int) -> list[str]:
-    """Whether a trained arm's own tips beat both no tips and another task's, a sentence an arm and task."""
+    """Whether a trained arm's own tips beat both no tips and another variation's, a sentence an arm and task."""
     said = []
     for row in rows:
         if row.own_minus_none is None or row.own_minus_other is None:
@@ -154,7 +154,7 @@ def tips_verdict(rows: Sequence[TipsScores], places: int) -> list[str]:
         compared = "; ".join(
             f"own − {name}: {number(estimate.mean, places)}"
             + (f", {_interval(estimate, places)}" if estimate.low is not None else "")
-            for name, estimate in (("none", row.own_minus_none), ("another task's", row.own_minus_other))
+            for name, estimate in (("none", row.own_minus_none), ("another variation's", row.own_minus_other))
         )
         said.append(f"{row.arm}, {row.task}: {finding} ({compared}).")
     return said
