@@ -12,7 +12,7 @@ from empo2.config import read_toml, recipe_folder
 from empo2.experiment.plan import differences
 
 ROOT = Path(__file__).parents[1]
-STUDIES = [p for p in sorted((ROOT / "docs" / "results").glob("*/*.toml")) if p.with_suffix("").is_dir()]
+STUDIES = [p for p in sorted((ROOT / "docs" / "results").glob("*/*.toml")) if (p.with_suffix("") / "cells").is_dir()]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
