@@ -12,6 +12,8 @@ import pytest
 
 from empo2 import cli
 
+LOCKS = Path(__file__).parents[1] / "docs/results/small/locks.toml"
+
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -171,6 +173,8 @@ def test_evaluating_changes_nothing_in_the_run(smoke_run: Path):
         (["evaluate", "tiny-random", "--recipe", "smoke", "--eval.num_variations", "0"], ["nothing to evaluate"]),
         (["fetch", "gpt-5"], ["nothing to fetch"]),
         (["envs", "chess"], ["no environment 'chess'"]),
+        (["experiment", str(LOCKS), "--report", "--arm", "typo"], ["--report runs nothing", "--arm"]),
+        (["experiment", str(LOCKS), "--report", "--jobs", "0"], ["--report runs nothing", "--jobs"]),
     ],
 )
 def test_the_impossible_is_refused_in_one_sentence_with_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):

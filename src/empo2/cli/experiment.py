@@ -32,7 +32,7 @@ def execute(parsed: argparse.Namespace) -> int:
     out = parsed.out or Path("runs") / f"experiment-{plan.name}"
     results = parsed.results or out / "results"
     if parsed.report:
-        if parsed.arm or parsed.jobs:
+        if parsed.arm or parsed.jobs is not None:
             raise UsageError("--report runs nothing, so that --arm and --jobs mean nothing; leave them out")
         experiment.report(plan, out, results)
         print(f"report: {results / 'results.md'}")

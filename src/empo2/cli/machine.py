@@ -3,9 +3,6 @@
 import argparse
 
 from empo2.cli.common import Commands, quiet_libraries
-from empo2.envs.base import Split
-
-SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 
 def add(commands: Commands) -> None:
@@ -23,7 +20,7 @@ def add(commands: Commands) -> None:
 
 
 def envs(parsed: argparse.Namespace) -> int:
-    from empo2.envs.base import SUITES, suite
+    from empo2.envs.base import SPLITS, SUITES, suite
 
     for name in [parsed.name] if parsed.name else SUITES:
         environment = suite(name)

@@ -1,12 +1,13 @@
 """What an environment offers besides `Environment` (types.py): its tasks, splits, instructions and worked examples."""
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from empo2.config import nearest
 from empo2.errors import ConfigError
 from empo2.types import Environment, Task, WorkedExample
 
 Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class Suite(Protocol):
