@@ -225,8 +225,8 @@ def page(
         "## Figures",
         "![learning curves](curves.png)",
         "![diagnostics of training](diagnostics.png)",
-        "Thick lines are means over finished seeds, shades their 95 % intervals (t), thin lines single seeds. The same "
-        "figures as SVG: [curves](curves.svg), [diagnostics](diagnostics.svg).",
+        "Thick lines are means over finished seeds, shades their 95 % intervals (t; from three seeds on), thin lines "
+        "single seeds. The same figures as SVG: [curves](curves.svg), [diagnostics](diagnostics.svg).",
         "## How to repeat",
         repeat_section(study, summary),
     ]
