@@ -1,5 +1,7 @@
 """How often each game was solved, by ten training steps, without and with tips shown: from the trajectories of runs.
 
+The last row counts the groups without a success that moved the weights all the same, by novelty alone.
+
 python docs/results/coin/by_game.py runs/coin-tuning/coin/empo2-2e-5/seed-6 …
 """
 
@@ -7,26 +9,39 @@ import collections
 import gzip
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 BLOCK = 10  #: steps
 
 for run in map(Path, sys.argv[1:]):
+    skip_below = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["advantage"]["skip_below"]
     counts: dict[int, dict[tuple[int, bool], list[int]]] = collections.defaultdict(
         lambda: collections.defaultdict(lambda: [0, 0])
     )
+    by_novelty: dict[int, list[int]] = collections.defaultdict(lambda: [0, 0])
     for path in sorted((run / "trajectories").glob("step_*.jsonl.gz")):
+        groups = collections.defaultdict(list)
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for episode in map(json.loads, file):
+                groups[episode["step"], episode["group"]].append(episode)
+        for (step, _), episodes in groups.items():
+            block = (step - 1) // BLOCK
+            for episode in episodes:
                 shown = episode["mode"] != "plain" and any(turn["tips"] for turn in episode["turns"])
-                count = counts[episode["task"]["variation"]][(episode["step"] - 1) // BLOCK, shown]
+                count = counts[episode["task"]["variation"]][block, shown]
                 count[0] += episode["success"]
                 count[1] += 1
-    blocks = sorted({block for games in counts.values() for block, _ in games})
+            largest = max(abs(turn["advantage"]) for episode in episodes for turn in episode["turns"])
+            unsolved = not any(episode["success"] for episode in episodes)
+            by_novelty[block][0] += unsolved and largest > skip_below
+            by_novelty[block][1] += unsolved
+    blocks = sorted(by_novelty)
     print(f"## {'/'.join(run.parts[-2:])}\n\nSolved, of episodes without tips · with tips, by steps:\n")
     print("| game |" + "".join(f" {block * BLOCK + 1}–{(block + 1) * BLOCK} |" for block in blocks))
     print("|---|" + "---|" * len(blocks))
     for game, of_game in sorted(counts.items()):
         cells = [[of_game.get((block, shown), [0, 0]) for shown in (False, True)] for block in blocks]
         print(f"| {game} |" + "".join(f" {a}/{n} · {b}/{m} |" for (a, n), (b, m) in cells))
-    print()
+    trained = [f"{by_novelty[block][0]} of {by_novelty[block][1]}" for block in blocks]
+    print("| groups without a success, trained by novelty alone |" + "".join(f" {count} |" for count in trained) + "\n")
