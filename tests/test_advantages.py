@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import oracles
 from empo2.advantages import episode_return, group_advantages, novelty_share
 from empo2.algorithms import group_relative, has_signal
-from empo2.config import AdvantageConfig, Config, EnvConfig
+from empo2.config import AdvantageConfig, Config, EnvConfig, from_dict, read_recipe
 from empo2.types import Completion, Ending, EpisodeKey, Mode, Rendering, Task, Trajectory, TrajectoryGroup, Turn
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["verl_advantages"]
@@ -231,3 +231,15 @@ def test_novelty_share_equals_the_slow_loop_and_its_extremes():
     assert novelty_share([1.0, 2.0], [0.0, 0.0]) == 0.0
     assert novelty_share([1.0, 2.0], [0.5, 1.5]) == 1.0
     assert novelty_share([1.0, 1.0], [0.5, 0.5]) == 0.0  # nothing differs
+
+
+def test_in_coin_collector_no_novelty_trains_alone_and_every_mixed_group_does():
+    """Novelty of one or more episodes that see nothing but new rooms, beside others that see none."""
+    config = from_dict(read_recipe("coin"))
+    turns, size = config.env.max_turns, config.collect.group_size
+    new, old = ([0.0] * turns, [config.novelty.coefficient] * turns), ([0.0] * turns, [0.0] * turns)
+    found = ([*[0.0] * (turns - 1), 1.0], [0.0] * turns)
+    for count in range(1, size):
+        for one, other, trains in ((new, old, False), (found, new, True), (found, old, True)):
+            group = group_of(*[one] * count, *[other] * (size - count))
+            assert has_signal(group_relative(group, config), config.advantage.skip_below) is trains

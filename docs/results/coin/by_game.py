@@ -1,6 +1,7 @@
 """How often each game was solved, by ten training steps, without and with tips shown: from the trajectories of runs.
 
-The last row counts the groups without a success that moved the weights all the same, by novelty alone.
+Below: the groups without a success that moved the weights all the same, by novelty alone; and how often the coin was
+taken, of the turns without tips that showed it.
 
 python docs/results/coin/by_game.py runs/coin-tuning/coin/empo2-2e-5/seed-6 …
 """
@@ -20,6 +21,7 @@ for run in map(Path, sys.argv[1:]):
         lambda: collections.defaultdict(lambda: [0, 0])
     )
     by_novelty: dict[int, list[int]] = collections.defaultdict(lambda: [0, 0])
+    taken: dict[int, list[int]] = collections.defaultdict(lambda: [0, 0])
     for path in sorted((run / "trajectories").glob("step_*.jsonl.gz")):
         groups = collections.defaultdict(list)
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -32,6 +34,9 @@ for run in map(Path, sys.argv[1:]):
                 count = counts[episode["task"]["variation"]][block, shown]
                 count[0] += episode["success"]
                 count[1] += 1
+                seen = [turn for turn in episode["turns"] if "coin" in turn["observation"] and not turn["tips"]]
+                taken[block][0] += sum(turn["action"] == "take coin" for turn in seen)
+                taken[block][1] += len(seen)
             largest = max(abs(turn["advantage"]) for episode in episodes for turn in episode["turns"])
             unsolved = not any(episode["success"] for episode in episodes)
             by_novelty[block][0] += unsolved and largest > skip_below
@@ -43,5 +48,6 @@ for run in map(Path, sys.argv[1:]):
     for game, of_game in sorted(counts.items()):
         cells = [[of_game.get((block, shown), [0, 0]) for shown in (False, True)] for block in blocks]
         print(f"| {game} |" + "".join(f" {a}/{n} · {b}/{m} |" for (a, n), (b, m) in cells))
-    trained = [f"{by_novelty[block][0]} of {by_novelty[block][1]}" for block in blocks]
-    print("| groups without a success, trained by novelty alone |" + "".join(f" {count} |" for count in trained) + "\n")
+    for name, of_block in (("groups without a success, trained by novelty alone", by_novelty), ("coin taken", taken)):
+        print(f"| {name} |" + "".join(f" {of_block[block][0]} of {of_block[block][1]} |" for block in blocks))
+    print()
