@@ -69,6 +69,16 @@ def test_trajectories_hold_what_happened(smoke_run: Path):
         assert episode["return"] == pytest.approx(total)
 
 
+def test_a_run_that_finds_nothing_goes_on_and_says_so(tmp_path: Path):
+    """One turn is never enough: GRPO has no signal in any group, and makes no update."""
+    nothing = ("--train.algorithm", "grpo", "--modes.p", "0", "--novelty.coefficient", "0", "--env.max_turns", "1")
+    done = run("train", "smoke", "--run", str(tmp_path / "run"), *SHORT, *nothing)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nothing to learn from") == 2
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(line["updates"], line["loss"], line["grad_norm"]) for line in lines] == [(0, None, None)] * 2
+
+
 def test_resuming_a_finished_run_prints_its_summary(smoke_run: Path):
     before = (smoke_run / "metrics.jsonl").read_bytes()
     done = run("train", "--resume", "--run", str(smoke_run))

@@ -94,7 +94,7 @@ def step_line(step: int, total: int, result: dict[str, Any], left: str) -> str:
         f"states {result['distinct_states']}",
         f"tips {result['memory_entries']}",
         f"plain/tips/distill {modes}",
-        f"loss {result['loss']:+.3f}",
+        "nothing to learn from" if result["loss"] is None else f"loss {result['loss']:+.3f}",
         f"{rate:.0f} tokens/s",
         f"{duration(result['seconds_total'])}",
     ]
