@@ -63,6 +63,21 @@ def test_k3_equals_the_oracles_and_is_never_negative(tokens):
     assert losses.k3_divergence(column(current), column(current)).tolist() == [0.0] * len(current)
 
 
+def test_the_divergence_is_what_k3_estimates_and_stays_bounded():
+    torch.manual_seed(0)
+    logits, reference = torch.randn(2, 4, 50, dtype=torch.float64)
+    expected = (logits.softmax(-1) * losses.k3_divergence(logits.log_softmax(-1), reference.log_softmax(-1))).sum(-1)
+    assert losses.divergence(logits, reference).tolist() == pytest.approx(expected.tolist())
+    assert losses.divergence(logits, logits).tolist() == [0.0] * 4
+    # a token that was certain and is now at exp(-20): k3 of it is exp(20), the divergence what moving to another costs
+    rare, certain = torch.tensor([[0.0, 20.0]]).double().requires_grad_(), torch.tensor([[20.0, 0.0]]).double()
+    found = losses.divergence(rare, certain)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx([20], rel=1e-6)
+    assert losses.k3_divergence(rare.log_softmax(-1), certain.log_softmax(-1)).tolist()[0][0] > 1e8
+    assert float(rare.grad.abs().max()) < 1e-6
+
+
 def test_k3_is_an_unbiased_estimate_of_the_divergence():
     """Sum over the vocabulary of pi * k3 = KL(pi || reference)."""
     torch.manual_seed(0)

@@ -182,7 +182,9 @@ class LossConfig:
     fixed_length: int = 256
     """Tokens per sequence that `aggregation = "fixed"` divides by."""
     kl: float = 0.0
-    """Coefficient of the KL divergence from the initial policy (k3 estimator)."""
+    """Coefficient of the KL divergence from the initial policy."""
+    kl_estimator: Literal["k3", "exact"] = "k3"
+    """From the token that was drawn (Schulman's k3), or exactly, over the whole vocabulary."""
     entropy: float = 0.0
     """Coefficient of the entropy bonus."""
 

@@ -132,7 +132,7 @@ class Learner:
         """Log-probs of all completions under the current weights."""
         found: Logprobs = {}
         for packed in pack(sequences, self._config.micro_batch_tokens):
-            values = self._token_logprobs(self.model, packed)[0].tolist()
+            values = _token_logprobs(self._logits(self.model, packed), packed).tolist()
             for span in _spans(packed):
                 count = span.stop - span.start
                 found[span.key], values = tuple(values[:count]), values[count:]
@@ -193,7 +193,10 @@ class Learner:
     ) -> None:
         """Forward and backward of one micro-batch."""
         loss = self._loss
-        logprobs, entropies = self._token_logprobs(self.model, packed, with_entropy_gradient=loss.entropy > 0)
+        logits = self._logits(self.model, packed)
+        rows = torch.tensor(packed.logit_rows, device=self._device)
+        logprobs = _token_logprobs(logits, packed)
+        entropies = losses.entropy(logits if loss.entropy > 0 else logits.detach())[rows]
         current = logprobs.detach()
         columns = _Columns.of(packed, behavior, weight_of, current)
         kept = torch.ones_like(columns.maskable)
@@ -212,8 +215,11 @@ class Learner:
         if loss.kl > 0:
             # on the same pack, so that the term is exactly 0 as long as the policy is the reference
             with torch.no_grad():
-                reference = self._token_logprobs(self._reference, packed)[0]
-            divergence = losses.k3_divergence(logprobs, reference)
+                reference = self._logits(self._reference, packed)
+            if loss.kl_estimator == "exact":
+                divergence = losses.divergence(logits, reference)[rows]
+            else:
+                divergence = losses.k3_divergence(logprobs, _token_logprobs(reference, packed))
             per_token = per_token + loss.kl * divergence
             sums.kl += float(divergence.detach().sum())
         total = (per_token * columns.weights).sum()
@@ -230,21 +236,14 @@ class Learner:
             sums.gap_tokens += len(gaps)
             sums.gap_max = max(sums.gap_max, float(gaps.max()))
 
-    def _token_logprobs(
-        self, model: Any, packed: Pack, *, with_entropy_gradient: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of a pack's completion tokens, [N] each, float32."""
+    def _logits(self, model: Any, packed: Pack) -> Tensor:
+        """Logits / temperature at a pack's ``logit_positions``, [places, V], float32 (float64 of a float64 model)."""
         self.tokens_computed += len(packed.token_ids)
         keep = torch.tensor(packed.logit_positions, device=self._device)
         with self._autocast(), self._frozen.given(model, packed):
             out = model(**self._inputs(packed), logits_to_keep=keep)
         logits = out.logits[0]
-        logits = (logits if logits.dtype == torch.float64 else logits.float()) / self._temperature
-        rows = torch.tensor(packed.logit_rows, device=self._device)
-        targets = torch.tensor(packed.targets, device=self._device)
-        logprobs = torch.log_softmax(logits, dim=-1)[rows, targets]
-        entropies = losses.entropy(logits if with_entropy_gradient else logits.detach())
-        return logprobs, entropies[rows]
+        return (logits if logits.dtype == torch.float64 else logits.float()) / self._temperature
 
     def _inputs(self, packed: Pack) -> dict[str, Any]:
         return {
@@ -304,6 +303,13 @@ class _Columns:
             sampled=torch.tensor(sampled, **options),
             was_sampled=torch.tensor(was_sampled, device=current.device),
         )
+
+
+def _token_logprobs(logits: Tensor, packed: Pack) -> Tensor:
+    """Log-probs of a pack's completion tokens, [places, V] → [N]."""
+    rows = torch.tensor(packed.logit_rows, device=logits.device)
+    targets = torch.tensor(packed.targets, device=logits.device)
+    return torch.log_softmax(logits, dim=-1)[rows, targets]
 
 
 def _spans(packed: Pack) -> Iterator[Any]:
