@@ -69,6 +69,9 @@ def test_the_divergence_is_what_k3_estimates_and_stays_bounded():
     expected = (logits.softmax(-1) * losses.k3_divergence(logits.log_softmax(-1), reference.log_softmax(-1))).sum(-1)
     assert losses.divergence(logits, reference).tolist() == pytest.approx(expected.tolist())
     assert losses.divergence(logits, logits).tolist() == [0.0] * 4
+    same = logits.float().clone().requires_grad_()
+    losses.divergence(same, logits.float()).sum().backward()
+    assert float(same.grad.abs().max()) == 0.0  # not nearly: Adam would make steps of it
     # a token that was certain and is now at exp(-20): k3 of it is exp(20), the divergence what moving to another costs
     rare, certain = torch.tensor([[0.0, 20.0]]).double().requires_grad_(), torch.tensor([[20.0, 0.0]]).double()
     found = losses.divergence(rare, certain)
