@@ -9,9 +9,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-print(
-    "| cell | such steps | of them KL at least 0.3 | valid actions, change to the next step | after other steps |\n|---|---|---|---|---|"
-)
+print("| cell | such steps | of them KL at least 0.3 | valid actions, change to the next step | after other steps |")
+print("|---|---|---|---|---|")
 for cell in map(Path, sys.argv[1:]):
     with gzip.open(cell / "metrics.jsonl.gz", "rt", encoding="utf-8") as file:
         steps = [json.loads(line) for line in file]
