@@ -301,10 +301,15 @@ class Table(torch.nn.Module):
 
 
 class TableLearner(Learner):
-    def _token_logprobs(self, model, packed, *, with_entropy_gradient=False):
-        spans = [span for sequence in packed.sequences for span in sequence.spans]
-        values = [model.rows[span.key.episode, 2 * span.key.turn : 2 * span.key.turn + 2] for span in spans]
-        return torch.cat(values), torch.zeros(2 * len(spans), dtype=torch.float64)
+    """Its "logits" are the whole table, a row a token, whose one column is the log-prob."""
+
+    def _logits(self, model, packed):
+        return model.rows.reshape(-1, 1)
+
+    def _token_logprobs(self, logits, packed):
+        keys = [span.key for sequence in packed.sequences for span in sequence.spans]
+        first = [6 * key.episode + 2 * key.turn for key in keys]
+        return logits[[row + token for row in first for token in (0, 1)], 0]
 
 
 @pytest.mark.parametrize("setting", ["plain", "behavior"])

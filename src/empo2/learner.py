@@ -132,7 +132,7 @@ class Learner:
         """Log-probs of all completions under the current weights."""
         found: Logprobs = {}
         for packed in pack(sequences, self._config.micro_batch_tokens):
-            values = _token_logprobs(self._logits(self.model, packed), packed).tolist()
+            values = self._token_logprobs(self._logits(self.model, packed), packed).tolist()
             for span in _spans(packed):
                 count = span.stop - span.start
                 found[span.key], values = tuple(values[:count]), values[count:]
@@ -195,7 +195,7 @@ class Learner:
         loss = self._loss
         logits = self._logits(self.model, packed)
         rows = torch.tensor(packed.logit_rows, device=self._device)
-        logprobs = _token_logprobs(logits, packed)
+        logprobs = self._token_logprobs(logits, packed)
         entropies = losses.entropy(logits if loss.entropy > 0 else logits.detach())[rows]
         current = logprobs.detach()
         columns = _Columns.of(packed, behavior, weight_of, current)
@@ -219,7 +219,7 @@ class Learner:
             if loss.kl_estimator == "exact":
                 divergence = losses.divergence(logits, reference)[rows]
             else:
-                divergence = losses.k3_divergence(logprobs, _token_logprobs(reference, packed))
+                divergence = losses.k3_divergence(logprobs, self._token_logprobs(reference, packed))
             per_token = per_token + loss.kl * divergence
             sums.kl += float(divergence.detach().sum())
         total = (per_token * columns.weights).sum()
@@ -244,6 +244,12 @@ class Learner:
             out = model(**self._inputs(packed), logits_to_keep=keep)
         logits = out.logits[0]
         return (logits if logits.dtype == torch.float64 else logits.float()) / self._temperature
+
+    def _token_logprobs(self, logits: Tensor, packed: Pack) -> Tensor:
+        """Log-probs of a pack's completion tokens, [places, V] → [N]."""
+        rows = torch.tensor(packed.logit_rows, device=self._device)
+        targets = torch.tensor(packed.targets, device=self._device)
+        return torch.log_softmax(logits, dim=-1)[rows, targets]
 
     def _inputs(self, packed: Pack) -> dict[str, Any]:
         return {
@@ -303,13 +309,6 @@ class _Columns:
             sampled=torch.tensor(sampled, **options),
             was_sampled=torch.tensor(was_sampled, device=current.device),
         )
-
-
-def _token_logprobs(logits: Tensor, packed: Pack) -> Tensor:
-    """Log-probs of a pack's completion tokens, [places, V] → [N]."""
-    rows = torch.tensor(packed.logit_rows, device=logits.device)
-    targets = torch.tensor(packed.targets, device=logits.device)
-    return torch.log_softmax(logits, dim=-1)[rows, targets]
 
 
 def _spans(packed: Pack) -> Iterator[Any]:
