@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import oracles
+from empo2 import attention as attentions
 from empo2 import losses, models, sequences
 from empo2.config import LearnerConfig, LossConfig
 from empo2.errors import TrainingDiverged, UsageError
@@ -63,6 +64,14 @@ def make_learner(
         compute_dtype=compute_dtype or dtype,
         reference=reference,
     )
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["many calls", "few calls"], scope="module")
+def few_calls(request):
+    """Everything here holds for the way of a processor and for that of a GPU: one masked attention a layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attentions, "in_few_calls", lambda _: request.param)
+        yield request.param
 
 
 def plain_model(dtype: torch.dtype, attention: str, seed: int = 0):

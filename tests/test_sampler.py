@@ -55,6 +55,14 @@ def our_model(seed: int = 0, dtype: torch.dtype = torch.float32):
     return lively(models.load_model(models.TINY, dtype=torch.float32, device="cpu"), seed).to(dtype)
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["many calls", "few calls"], scope="module")
+def few_calls(request):
+    """Everything here holds for the way of a processor and for that of a GPU, which computes padded batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "in_few_calls", lambda _: request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
 def plain():
     """The same weights with transformers' own attention."""

@@ -53,16 +53,39 @@ def causal_mask(own: int, seen_before: int, device: torch.device) -> Tensor | No
     return torch.ones(own, seen_before + own, dtype=torch.bool, device=device).tril_(seen_before)
 
 
+def in_few_calls(device: torch.device) -> bool:
+    """Whether one attention over many masked pairs is faster than many small ones: a GPU waits for its calls."""
+    return device.type != "cpu"
+
+
+def visible(segments: Sequence[Segment]) -> Tensor:
+    """True where a token of a pack may look, [N, N]."""
+    mask = torch.zeros(segments[-1].stop, segments[-1].stop, dtype=torch.bool)
+    for segment in segments:
+        rows = mask[segment.start : segment.stop]
+        rows[:, segment.start : segment.stop] = True
+        rows.tril_(segment.start)
+        for start, stop in segment.context:
+            rows[:, start:stop] = True
+    return mask
+
+
 class AttendSegments:
     """Training: each segment sees its context (shared prefixes) and itself causally, and no other segment."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments = segments
+        self._visible = visible(segments).to(device) if in_few_calls(device) else None
         lengths = [sum(stop - start for start, stop in s.context) for s in segments]
         self.longest = max(s.stop - s.start + shared for s, shared in zip(segments, lengths, strict=True))
-        self._masks = [causal_mask(s.stop - s.start, n, device) for s, n in zip(segments, lengths, strict=True)]
+        if self._visible is None:
+            self._masks = [causal_mask(s.stop - s.start, n, device) for s, n in zip(segments, lengths, strict=True)]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self._visible is not None:
+            groups = query.shape[1] // key.shape[1]  # repeated, not enable_gqa: the kernels that take a mask do not
+            k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            return F.scaled_dot_product_attention(query, k, v, attn_mask=self._visible, scale=scale)
         # split, not slices: the gradient of a slice is a tensor of the whole size, that of a split is one concatenation
         lengths = [segment.stop - segment.start for segment in self.segments]
         pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from empo2 import streams
+from empo2.attention import in_few_calls
 from empo2.errors import TrainingDiverged
 from empo2.sequences import common_prefix
 from empo2.types import Completion, SampleRequest, SamplingParams, TokenIds
 
 WORTH_SHARING = 64  #: tokens of a common prefix that are attended to in one call for all rows
+MOST_PADDED = 4096  #: tokens, padding included, that a batch of chunks may have
 WORTH_COPYING = 16  #: tokens by which another slot's prefix must be longer than the own one
 
 
@@ -67,51 +69,82 @@ class _AttendCache:
     """Writes a pass's keys and values into the cache, and lets each chunk see its own slot only.
 
     The first ``shared`` tokens are the same in all the chunks' slots: all tokens of the pass look at them in one call,
-    then each chunk at the rest of its own slot, and the two results are joined by their log-sum-exps.
+    then each chunk at the rest of its own slot, and the two results are joined by their log-sum-exps. The chunks are
+    a batch if they have one token each, and, where calls are dear, whenever padding does not multiply the work.
     """
 
     def __init__(self, cache: _KVCache, chunks: Sequence[_Chunk], shared: int, device: torch.device) -> None:
         self._cache, self._chunks, self._shared = cache, chunks, shared
         self.longest = max(c.past + c.stop - c.start for c in chunks)
-        self._slots = [chunk.slot for chunk in chunks]
-        self._one_each = all(chunk.stop - chunk.start == 1 for chunk in chunks)
+        self._slots = torch.tensor([chunk.slot for chunk in chunks], device=device)
+        sizes = [chunk.stop - chunk.start for chunk in chunks]
+        self._width = max(sizes)
+        padded = self._width * len(chunks)
+        self._batched = padded == sum(sizes) == len(chunks) or (in_few_calls(device) and padded <= MOST_PADDED)
         dtype = cache.keys[0].dtype
-        if self._one_each:
-            ends = torch.tensor([chunk.past + 1 - shared for chunk in chunks], device=device)
-            hidden = torch.arange(self.longest - shared, device=device)[None] >= ends[:, None]
-            self._masks = [_additive(hidden[:, None, None], dtype)]
+        if self._batched:
+            places = [
+                [chunk.past + min(n, size - 1) for n in range(self._width)]
+                for chunk, size in zip(chunks, sizes, strict=True)
+            ]
+            seen = torch.tensor(places, device=device)
+            self._masks = [_additive(torch.arange(shared, self.longest, device=device) > seen[:, None, :, None], dtype)]
+            self._member = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)], device=device)
+            self._row = torch.tensor([n for size in sizes for n in range(size)], device=device)
+            self._place = seen[self._member, self._row]
+            self._slot = self._slots[self._member]
         else:
             self._masks = [_additive(~_seen(chunk, shared, device), dtype) for chunk in chunks]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        for chunk in self._chunks:
-            own, end = slice(chunk.start, chunk.stop), chunk.past + chunk.stop - chunk.start
-            keys[chunk.slot, :, chunk.past : end] = key[0, :, own]
-            values[chunk.slot, :, chunk.past : end] = value[0, :, own]
+        self._write(keys, key)
+        self._write(values, value)
         out, weight = self._rests(query, keys, values, scale)
         if not self._shared:
             return out
-        slot = self._slots[0]
+        slot = self._chunks[0].slot
         first, first_weight = _attend(
             query, keys[None, slot, :, : self._shared], values[None, slot, :, : self._shared], None, scale
         )
         share = torch.sigmoid(first_weight - weight)[..., None].to(out.dtype)
         return torch.lerp(out, first, share)
 
+    def _write(self, cached: Tensor, new: Tensor) -> None:
+        if self._batched:
+            cached[self._slot, :, self._place] = new[0].transpose(0, 1)
+            return
+        for chunk in self._chunks:
+            end = chunk.past + chunk.stop - chunk.start
+            cached[chunk.slot, :, chunk.past : end] = new[0, :, chunk.start : chunk.stop]
+
     def _rests(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attention to what follows the shared prefix: output [1, H, N, D], log-sum-exp [1, H, N]."""
         start = self._shared
-        if self._one_each:  # one new token each: the chunks are a batch
+        if self._batched:
             rows = keys[self._slots, :, start : self.longest], values[self._slots, :, start : self.longest]
-            out, weight = _attend(query.transpose(0, 2), *rows, self._masks[0], scale)
-            return out.transpose(0, 2), weight.transpose(0, 2)
+            out, weight = _attend(self._spread(query), *rows, self._masks[0], scale)
+            return self._gathered(out), self._gathered(weight)
         parts = []
         for chunk, mask in zip(self._chunks, self._masks, strict=True):
             seen = slice(start, chunk.past + chunk.stop - chunk.start)
             rows = keys[None, chunk.slot, :, seen], values[None, chunk.slot, :, seen]
             parts.append(_attend(query[:, :, chunk.start : chunk.stop], *rows, mask, scale))
         return torch.cat([out for out, _ in parts], dim=2), torch.cat([weight for _, weight in parts], dim=2)
+
+    def _spread(self, query: Tensor) -> Tensor:
+        """[1, H, N, D] → chunks [B, H, width, D], padded with zeros."""
+        if self._width == 1:
+            return query.transpose(0, 2)
+        spread = query.new_zeros(len(self._chunks), query.shape[1], self._width, query.shape[3])
+        spread[self._member, :, self._row] = query[0].transpose(0, 1)
+        return spread
+
+    def _gathered(self, found: Tensor) -> Tensor:
+        """Of chunks [B, H, width, …] → [1, H, N, …]."""
+        if self._width == 1:
+            return found.transpose(0, 2)
+        return found[self._member, :, self._row].transpose(0, 1)[None]
 
 
 def _seen(chunk: _Chunk, shared: int, device: torch.device) -> Tensor:
