@@ -432,12 +432,17 @@ def test_runs_with_other_weights_or_on_other_machines_are_named(tmp_path: Path):
     one, other = pair([0.6], [0.2])
     other = replace(
         other,
-        provenance={**other.provenance, "machine": {"processor": "Q", "cores": 4}, "code": "def", "weights": "w2"},
+        provenance={
+            **other.provenance,
+            "machine": {"processor": "Q", "cores": 4, "gpu": "G"},
+            "code": "def",
+            "weights": "w2",
+        },
     )
     one = replace(one, provenance={**one.provenance, "weights": "w1"})
     text = tables.repeat_section(study(one, other), summarize(study(one, other), MEASURE))
     assert "not all trainings began with the same weights**: w1, w2" in text
-    assert "P, 2 cores; Q, 4 cores" in text
+    assert "P, 2 cores; G, Q, 4 cores" in text
     assert "seconds are of more than one machine" in text
     assert "code: abc, def" in text
     assert "seconds and tokens are of more than one version of the code" in text
@@ -485,6 +490,23 @@ def test_one_or_two_seeds_have_lines_and_no_shade(tmp_path: Path, monkeypatch: p
     assert shades == []
     curves.draw_curves(study(*pair([0.6, 0.7, 0.65], [0.2, 0.3])), tmp_path)
     assert len(shades) == 2  # over episodes, over seconds
+
+
+def test_labels_stand_where_lines_end_on_logarithmic_axes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.axes import Axes
+
+    placed = {}
+    monkeypatch.setattr(Axes, "text", lambda panel, x, y, text, **_: placed.update({text: (panel.get_yscale(), y)}))
+    made = [
+        replace(r, metrics=tuple({**m, "grad_norm": norm} for m in r.metrics))
+        for r, norm in zip(pair([0.6], [0.2]), (1e-2, 1e4), strict=True)
+    ]
+    monkeypatch.setattr(curves, "DIAGNOSTICS", {"grad_norm": "gradient norm"})
+    curves.draw_diagnostics(study(*made), tmp_path)
+    low, high = 1e-2 / 1.5, 1e4 * 1.5
+    share = {name: math.log(norm / low) / math.log(high / low) for name, norm in (("new", 1e-2), ("old", 1e4))}
+    assert {name: y for name, (_, y) in placed.items()} == pytest.approx(share)
+    assert {scale for scale, _ in placed.values()} == {"log"}
 
 
 def test_an_arm_without_a_line_has_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from empo2 import cli
+from empo2 import run as runs_folder
 from empo2.errors import CheckpointError
 from empo2.run import RunFolder
 from runs import fingerprint, run_training, smoke, without_evaluation
@@ -59,6 +60,14 @@ def test_what_a_run_goes_on_with_is_noted_where_it_differs(tmp_path: Path, monke
     assert run.provenance() | {"resumed": noted} == begun | {"resumed": noted}, "what it began with stays"
     run.note_resumption(run.config())
     assert run.provenance()["resumed"] == noted
+
+
+def test_the_gpu_is_noted_only_where_one_is_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device}")
+    assert [runs_folder.gpu(device) for device in ("cpu", "auto", "cuda:1")] == [None, "GPU None", "GPU cuda:1"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert runs_folder.gpu("auto") is None
 
 
 def test_kill_9_and_resume_equals_going_straight(straight: RunFolder, tmp_path: Path):

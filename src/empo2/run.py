@@ -319,7 +319,12 @@ def provenance(config: Config) -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "machine": {"system": platform.platform(), "processor": processor(), "cores": available_cores()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": processor(),
+            "cores": available_cores(),
+            "gpu": gpu(config.model.device),
+        },
         "weights": weights_digest(config.model.path),
         "seed": config.train.seed,
         "threads": config.train.threads or available_cores(),
@@ -361,6 +366,15 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor()
+
+
+def gpu(device: str) -> str | None:
+    """The name of the GPU that `model.device` means, if it means one."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(None if device == "auto" else device)
 
 
 def available_cores() -> int:

@@ -9,8 +9,17 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-print("| cell | such steps | of them KL at least 0.3 | valid actions, change to the next step | after other steps |")
-print("|---|---|---|---|---|")
+COLUMNS = (
+    "cell",
+    "such steps",
+    "of them KL at least 0.3",
+    "largest norm",
+    "largest KL",
+    "lowest valid actions",
+    "valid actions, change to the next step",
+    "after other steps",
+)
+print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
 for cell in map(Path, sys.argv[1:]):
     with gzip.open(cell / "metrics.jsonl.gz", "rt", encoding="utf-8") as file:
         steps = [json.loads(line) for line in file]
@@ -20,4 +29,15 @@ for cell in map(Path, sys.argv[1:]):
         after[(one["grad_norm"] or 0) > 1].append(two["valid_action_rate"] - one["valid_action_rate"])
     means = [f"{sum(found) / len(found):+.3f}" if found else "—" for found in (after[True], after[False])]
     high = sum((step["kl"] or 0) >= 0.3 for step in shocks)
-    print(f"| {'/'.join(cell.parts[-2:])} | {len(shocks)} of {len(steps)} | {high} | {means[0]} | {means[1]} |")
+    norm, kl = (max(step[key] or 0 for step in steps) for key in ("grad_norm", "kl"))
+    valid = min(step["valid_action_rate"] for step in steps)
+    row = (
+        "/".join(cell.parts[-2:]),
+        f"{len(shocks)} of {len(steps)}",
+        str(high),
+        f"{norm:.1f}",
+        f"{kl:.2f}",
+        f"{valid:.2f}",
+        *means,
+    )
+    print(f"| {' | '.join(row)} |")

@@ -43,6 +43,7 @@ DIAGNOSTICS = {
     "grad_norm": "gradient norm",
     "distinct_states": "distinct states seen",
 }
+LOGARITHMIC = {"grad_norm"}  #: one step in a thousand may have a thousand times the norm of the others
 
 #: evaluated beside the score: what follows `eval_` or `eval_train_` → what the axis says
 BESIDE = {"success_rate": "success (share)", "valid_action_rate": "valid actions (share)"}
@@ -134,7 +135,12 @@ def _draw_row(study: Study, row: _Row, panels: Any) -> None:
         panel.margins(x=0.02)
     panels[0].set_ylabel(row.label)
     top = max(seen)
-    panels[0].set_ylim(min(seen) * 1.05, top * 1.06 if top > 0 else 1.0)
+    positive = [height for height in seen if height > 0]
+    if row.key in LOGARITHMIC and positive:
+        panels[0].set_yscale("log", nonpositive="clip")
+        panels[0].set_ylim(min(positive) / 1.5, top * 1.5)
+    else:
+        panels[0].set_ylim(min(seen) * 1.05, top * 1.06 if top > 0 else 1.0)
     _label(panels[-1], colours, ends)
 
 
@@ -152,17 +158,17 @@ def _draw_arm(panel: Any, study: Study, row: _Row, task: str, arm: str, colour: 
     if not found.xs:
         return every if row.evaluated else []
     panel.plot(found.xs, found.mean, color=colour, linewidth=2.2, linestyle=dash, solid_capstyle="round")
-    if found.low and len(finished) >= MIN_SHADED:
+    if found.low and len(finished) >= MIN_SHADED and row.key not in LOGARITHMIC:
         panel.fill_between(found.xs, found.low, found.high, color=colour, alpha=0.14, linewidth=0)
     return [*(every if row.evaluated else []), Curve(found.xs, found.mean)]
 
 
 def _label(panel: Any, colours: dict[str, tuple[str, str]], ends: dict[str, float]) -> None:
     """Arm names right of the last panel, at the height where their lines end, moved apart where they would touch."""
-    bottom, top = panel.get_ylim()
     panel_height = panel.get_figure().get_figheight() / max(panel.get_subplotspec().get_gridspec().nrows, 1)
     gap = 0.19 / panel_height  # of a line of text, as a share of the panel
-    wanted = {arm: (height - bottom) / (top - bottom) for arm, height in ends.items()}
+    to_share = panel.transScale + panel.transLimits  # of the panel's height, logarithmic or not
+    wanted = {arm: float(to_share.transform((1, height))[1]) for arm, height in ends.items()}
     order = sorted(wanted, key=lambda arm: wanted[arm])
     for arm, height in zip(order, spread([wanted[arm] for arm in order], gap), strict=True):
         colour, dash = colours[arm]

@@ -1,6 +1,7 @@
 """The page of results as Markdown. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from empo2.report.records import AXES, AXIS_HELP, Record, Study, measure_words
 from empo2.report.statistics import Estimate
@@ -135,7 +136,7 @@ def repeat_section(study: Study, summary: Summary) -> str:
     precision = _distinct(
         f"{p['precision']['sampler']} sampler, {p['precision']['trainer']} trainer" for p in begun if "precision" in p
     )
-    machines = _distinct(f"{p['machine']['processor']}, {p['machine']['cores']} cores" for p in told)
+    machines = _distinct(_machine(p["machine"]) for p in told)
     codes = _distinct(str(p["code"]) for p in told)
     packages = _distinct(", ".join(f"{n} {v}" for n, v in p["packages"].items() if v and n != "empo2") for p in told)
     dates = sorted({str(p["date"])[:10] for p in told if p.get("date")})
@@ -162,6 +163,11 @@ def repeat_section(study: Study, summary: Summary) -> str:
         *(f"- {axis}: {text}" for axis, text in AXIS_HELP.items()),
     ]
     return "\n".join(lines)
+
+
+def _machine(noted: Mapping[str, Any]) -> str:
+    """Its GPU, processor and cores."""
+    return ", ".join([*filter(None, [noted.get("gpu")]), noted["processor"], f"{noted['cores']} cores"])
 
 
 def _split(summary: Summary) -> str:
@@ -225,8 +231,9 @@ def page(
         "## Figures",
         "![learning curves](curves.png)",
         "![diagnostics of training](diagnostics.png)",
-        "Thick lines are means over finished seeds, shades their 95 % intervals (t; from three seeds on), thin lines "
-        "single seeds. The same figures as SVG: [curves](curves.svg), [diagnostics](diagnostics.svg).",
+        "Thick lines are means over finished seeds, shades their 95 % intervals (t; from three seeds on; none on "
+        "logarithmic axes), thin lines single seeds. The same figures as SVG: [curves](curves.svg), "
+        "[diagnostics](diagnostics.svg).",
         "## How to repeat",
         repeat_section(study, summary),
     ]
