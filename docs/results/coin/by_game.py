@@ -1,7 +1,9 @@
 """How often each game was solved, by ten training steps, without and with tips shown: from the trajectories of runs.
 
 Below: the groups without a success that moved the weights all the same, by novelty alone; and how often the coin was
-taken, of the turns without tips that showed it.
+taken, of the turns without tips that showed it. At the end, for all runs of an arm: how many games were met (solved at
+least once), and how many would have been by their start success (games.md) in the same groups: those up to a game's
+first success.
 
 python docs/results/coin/by_game.py runs/coin-tuning/coin/empo2-2e-5/seed-6 …
 """
@@ -9,11 +11,19 @@ python docs/results/coin/by_game.py runs/coin-tuning/coin/empo2-2e-5/seed-6 …
 import collections
 import gzip
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
 
 BLOCK = 10  #: steps
+START = {
+    int(game): float(percent) / 100
+    for game, percent in re.findall(
+        r"^\| (\d+) \|.*\| ([\d.]+)% \| yes", Path(__file__).with_name("games.md").read_text(encoding="utf-8"), re.M
+    )
+}
+met: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])  # arm → games met, games, expected
 
 for run in map(Path, sys.argv[1:]):
     skip_below = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["advantage"]["skip_below"]
@@ -22,6 +32,7 @@ for run in map(Path, sys.argv[1:]):
     )
     by_novelty: dict[int, list[int]] = collections.defaultdict(lambda: [0, 0])
     taken: dict[int, list[int]] = collections.defaultdict(lambda: [0, 0])
+    solved: set[int] = set()
     for path in sorted((run / "trajectories").glob("step_*.jsonl.gz")):
         groups = collections.defaultdict(list)
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -39,8 +50,15 @@ for run in map(Path, sys.argv[1:]):
                 taken[block][1] += len(seen)
             largest = max(abs(turn["advantage"]) for episode in episodes for turn in episode["turns"])
             unsolved = not any(episode["success"] for episode in episodes)
+            game = episodes[0]["task"]["variation"]
+            if game not in solved and game in START:
+                met[run.parts[-2]][2] += 1 - (1 - START[game]) ** len(episodes)
+            if not unsolved:
+                solved.add(game)
             by_novelty[block][0] += unsolved and largest > skip_below
             by_novelty[block][1] += unsolved
+    met[run.parts[-2]][0] += len(solved & START.keys())
+    met[run.parts[-2]][1] += len(counts.keys() & START.keys())
     blocks = sorted(by_novelty)
     print(f"## {'/'.join(run.parts[-2:])}\n\nSolved, of episodes without tips · with tips, by steps:\n")
     print("| game |" + "".join(f" {block * BLOCK + 1}–{(block + 1) * BLOCK} |" for block in blocks))
@@ -51,3 +69,6 @@ for run in map(Path, sys.argv[1:]):
     for name, of_block in (("groups without a success, trained by novelty alone", by_novelty), ("coin taken", taken)):
         print(f"| {name} |" + "".join(f" {of_block[block][0]} of {of_block[block][1]} |" for block in blocks))
     print()
+print("## Games met\n\n| arm | met | by start success |\n|---|---|---|")
+for arm, (games, of, expected) in met.items():
+    print(f"| {arm} | {games:.0f} of {of:.0f} | {expected:.1f} |")
