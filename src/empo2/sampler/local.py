@@ -20,7 +20,7 @@ from empo2.sequences import common_prefix
 from empo2.types import Completion, SampleRequest, SamplingParams, TokenIds
 
 WORTH_SHARING = 64  #: tokens of a common prefix that are attended to in one call for all rows
-MOST_PADDED = 4096  #: tokens, padding included, that a batch of chunks may have
+MOST_PADDED = 4096  #: tokens, padding included, of a batch of chunks that have several each
 WORTH_COPYING = 16  #: tokens by which another slot's prefix must be longer than the own one
 
 
@@ -70,7 +70,7 @@ class _AttendCache:
 
     The first ``shared`` tokens are the same in all the chunks' slots: all tokens of the pass look at them in one call,
     then each chunk at the rest of its own slot, and the two results are joined by their log-sum-exps. The chunks are
-    a batch if they have one token each, and, where calls are dear, whenever padding does not multiply the work.
+    a batch if they have one token each, and, where calls are dear, up to ``MOST_PADDED`` tokens.
     """
 
     def __init__(self, cache: _KVCache, chunks: Sequence[_Chunk], shared: int, device: torch.device) -> None:
@@ -79,8 +79,7 @@ class _AttendCache:
         self._slots = torch.tensor([chunk.slot for chunk in chunks], device=device)
         sizes = [chunk.stop - chunk.start for chunk in chunks]
         self._width = max(sizes)
-        padded = self._width * len(chunks)
-        self._batched = padded == sum(sizes) == len(chunks) or (in_few_calls(device) and padded <= MOST_PADDED)
+        self._batched = self._width == 1 or (in_few_calls(device) and self._width * len(chunks) <= MOST_PADDED)
         dtype = cache.keys[0].dtype
         if self._batched:
             places = [
