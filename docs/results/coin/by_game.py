@@ -3,7 +3,7 @@
 Below: the groups without a success that moved the weights all the same, by novelty alone; and how often the coin was
 taken, of the turns without tips that showed it. At the end, for all runs of an arm: how many games were met (solved at
 least once), and how many would have been by their start success (games.md) in the same groups: those up to a game's
-first success.
+first success; in all, and by ten steps.
 
 python docs/results/coin/by_game.py runs/coin-tuning/coin/empo2-2e-5/seed-6 …
 """
@@ -23,7 +23,10 @@ START = {
         r"^\| (\d+) \|.*\| ([\d.]+)% \| yes", Path(__file__).with_name("games.md").read_text(encoding="utf-8"), re.M
     )
 }
-met: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])  # arm → games met, games, expected
+met: dict[str, dict[int, list[float]]] = collections.defaultdict(  # arm → ten steps → games met, expected
+    lambda: collections.defaultdict(lambda: [0, 0.0])
+)
+games_of: dict[str, int] = collections.Counter()  # arm → games
 
 for run in map(Path, sys.argv[1:]):
     skip_below = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["advantage"]["skip_below"]
@@ -52,13 +55,13 @@ for run in map(Path, sys.argv[1:]):
             unsolved = not any(episode["success"] for episode in episodes)
             game = episodes[0]["task"]["variation"]
             if game not in solved and game in START:
-                met[run.parts[-2]][2] += 1 - (1 - START[game]) ** len(episodes)
+                met[run.parts[-2]][block][0] += not unsolved
+                met[run.parts[-2]][block][1] += 1 - (1 - START[game]) ** len(episodes)
             if not unsolved:
                 solved.add(game)
             by_novelty[block][0] += unsolved and largest > skip_below
             by_novelty[block][1] += unsolved
-    met[run.parts[-2]][0] += len(solved & START.keys())
-    met[run.parts[-2]][1] += len(counts.keys() & START.keys())
+    games_of[run.parts[-2]] += len(counts.keys() & START.keys())
     blocks = sorted(by_novelty)
     print(f"## {'/'.join(run.parts[-2:])}\n\nSolved, of episodes without tips · with tips, by steps:\n")
     print("| game |" + "".join(f" {block * BLOCK + 1}–{(block + 1) * BLOCK} |" for block in blocks))
@@ -69,6 +72,10 @@ for run in map(Path, sys.argv[1:]):
     for name, of_block in (("groups without a success, trained by novelty alone", by_novelty), ("coin taken", taken)):
         print(f"| {name} |" + "".join(f" {of_block[block][0]} of {of_block[block][1]} |" for block in blocks))
     print()
-print("## Games met\n\n| arm | met | by start success |\n|---|---|---|")
-for arm, (games, of, expected) in met.items():
-    print(f"| {arm} | {games:.0f} of {of:.0f} | {expected:.1f} |")
+longest = max((max(of_block) for of_block in met.values()), default=-1)
+steps = "".join(f" {block * BLOCK + 1}–{(block + 1) * BLOCK} |" for block in range(longest + 1))
+print(f"## Games met (by start success)\n\n| arm | games | met |{steps}\n|---|---|---|" + "---|" * (longest + 1))
+for arm, of_block in met.items():
+    total = [sum(of_block[block][i] for block in range(longest + 1)) for i in (0, 1)]
+    cells = "".join(f" {of_block[b][0]:.0f} ({of_block[b][1]:.1f}) |" for b in range(longest + 1))
+    print(f"| {arm} | {games_of[arm]} | {total[0]:.0f} ({total[1]:.1f}) |{cells}")
