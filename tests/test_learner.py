@@ -199,9 +199,9 @@ def slow_loss(
         for index, (span, tokens) in enumerate(zip(sequence.spans, slow_logprobs(model, sequence), strict=True)):
             for at, logprob in enumerate(tokens):
                 ratio = torch.exp(logprob - behavior[span.key][at])
-                held = exact(min(max(ratio.item(), 1 - loss.clip_low), 1 + loss.clip_high))
+                bounded = exact(min(max(ratio.item(), 1 - loss.clip_low), 1 + loss.clip_high))
                 inside = 1 - loss.clip_low <= ratio <= 1 + loss.clip_high
-                objective = ratio * span.advantage if inside else min(ratio * span.advantage, held * span.advantage)
+                objective = ratio * span.advantage if inside else min(ratio * span.advantage, bounded * span.advantage)
                 if loss.dual_clip is not None and span.advantage < 0:
                     objective = max(objective, exact(loss.dual_clip * span.advantage))
                 masked = sequence.masks_improbable and float(logprob.detach()) < math.log(loss.delta or 1e-300)
@@ -210,14 +210,15 @@ def slow_loss(
                 counts["clipped"] += not masked and not objective.requires_grad
                 if not masked:
                     total = total - objective / divisor
-                if references is not None:
+                if references is not None and sequence.held:
                     x = torch.exp(references[index][at].detach() - logprob)
                     divergence = x - torch.log(x) - 1
                     if loss.kl_estimator == "exact":
                         divergence = slow_divergences(model, reference, sequence)[index][at]
                     counts["kl"] += float(divergence.detach())
                     total = total + loss.kl * divergence / divisor
-    return total, {name: value / num_tokens for name, value in counts.items()}
+    num_held = sum(sequence.num_trained for sequence in batch if sequence.held)
+    return total, {name: value / (num_held if name == "kl" else num_tokens) for name, value in counts.items()}
 
 
 LOSSES = {
@@ -230,6 +231,8 @@ LOSSES = {
     "no dual clip": LossConfig(dual_clip=None, delta=0.0),
     "kl and entropy": LossConfig(kl=0.1, entropy=0.05, delta=0.002),
     "exact kl": LossConfig(kl=0.1, kl_estimator="exact", delta=0.002),
+    "kl of failed episodes": LossConfig(kl=0.1, kl_episodes="failed", delta=0.002),
+    "exact kl of failed episodes": LossConfig(kl=0.1, kl_estimator="exact", kl_episodes="failed", delta=0.002),
 }
 
 
@@ -243,6 +246,8 @@ def test_update_equals_the_slow_oracle(name, precision):
     batch = batch_of(play_group(Mode.DISTILL), masks=True) + batch_of(
         [replace(t, key=EpisodeKey(1, 1, t.key.episode)) for t in play_group(Mode.WITH_TIPS, seed=5)]
     )
+    if loss.kl_episodes == "failed":
+        batch = [replace(sequence, held=number % 3 == 0) for number, sequence in enumerate(batch)]
     behavior = shifted(learner.logprobs(batch))
     stats, found = updated(learner, batch, behavior)
 

@@ -30,7 +30,7 @@ class UpdateStats:
     ratio_max: float
     clip_fraction: float  #: share of tokens where clipping or the dual clip decided
     masked_fraction: float  #: share of tokens below δ
-    kl: float
+    kl: float  #: nats, over the tokens that the KL term holds
     grad_norm: float  #: before clipping
     num_tokens: int  #: completion tokens trained
     num_computed: int  #: tokens that went through the policy and the reference
@@ -50,6 +50,7 @@ class _Sums:
     clipped: float = 0.0
     masked: float = 0.0
     kl: float = 0.0
+    held: int = 0
     gap: float = 0.0
     gap_tokens: int = 0
     gap_max: float = 0.0
@@ -212,7 +213,7 @@ class Learner:
             dual_clip=loss.dual_clip,
         )
         per_token = torch.where(kept, policy, torch.zeros_like(policy)) - loss.entropy * entropies
-        if loss.kl > 0:
+        if loss.kl > 0 and any(sequence.held for sequence in packed.sequences):
             # on the same pack, so that the term is exactly 0 as long as the policy is the reference
             with torch.no_grad():
                 reference = self._logits(self._reference, packed)
@@ -220,8 +221,10 @@ class Learner:
                 divergence = losses.divergence(logits, reference)[rows]
             else:
                 divergence = losses.k3_divergence(logprobs, self._token_logprobs(reference, packed))
+            divergence = torch.where(columns.held, divergence, torch.zeros_like(divergence))
             per_token = per_token + loss.kl * divergence
             sums.kl += float(divergence.detach().sum())
+            sums.held += int(columns.held.sum())
         total = (per_token * columns.weights).sum()
         total.backward()
         sums.loss += float(total.detach())
@@ -273,6 +276,7 @@ class _Columns:
     behavior: Tensor
     weights: Tensor
     maskable: Tensor
+    held: Tensor  # the KL term counts
     sampled: Tensor
     was_sampled: Tensor  # False where the sampler saw another rendering
 
@@ -287,6 +291,7 @@ class _Columns:
         advantages: list[float] = []
         weights: list[float] = []
         maskable: list[bool] = []
+        held: list[bool] = []
         sampled: list[float] = []
         was_sampled: list[bool] = []
         denominators = current.clone()
@@ -296,6 +301,7 @@ class _Columns:
                 advantages += [span.advantage] * count
                 weights += [weight_of[sequence.spans[0].key]] * count
                 maskable += [sequence.masks_improbable] * count
+                held += [sequence.held] * count
                 sampled += span.sampler_logprobs or [0.0] * count
                 was_sampled += [span.sampler_logprobs is not None] * count
                 if span.key in behavior:
@@ -306,6 +312,7 @@ class _Columns:
             behavior=denominators,
             weights=torch.tensor(weights, **options),
             maskable=torch.tensor(maskable, device=current.device),
+            held=torch.tensor(held, device=current.device),
             sampled=torch.tensor(sampled, **options),
             was_sampled=torch.tensor(was_sampled, device=current.device),
         )
@@ -324,7 +331,7 @@ def _stats(sums: _Sums, num_tokens: int, num_computed: int, norm: float, *, skip
         ratio_max=sums.ratio_max,
         clip_fraction=sums.clipped / num_tokens,
         masked_fraction=sums.masked / num_tokens,
-        kl=sums.kl / num_tokens,
+        kl=sums.kl / sums.held if sums.held else 0.0,
         grad_norm=norm,
         num_tokens=num_tokens,
         num_computed=num_computed,

@@ -27,7 +27,12 @@ def prompts(trajectory: Trajectory, *, plain: bool) -> Iterator[TokenIds]:
 
 
 def build(
-    trajectory: Trajectory, advantages: Sequence[float], *, plain: bool, masks_improbable: bool = False
+    trajectory: Trajectory,
+    advantages: Sequence[float],
+    *,
+    plain: bool,
+    masks_improbable: bool = False,
+    held: bool = True,
 ) -> list[TrainingSequence]:
     """Training sequences of one trajectory under one rendering; ``advantages``: one per turn.
 
@@ -42,7 +47,9 @@ def build(
     def close() -> None:
         if spans:
             sequences.append(
-                TrainingSequence(token_ids=ids[: spans[-1].stop], spans=tuple(spans), masks_improbable=masks_improbable)
+                TrainingSequence(
+                    token_ids=ids[: spans[-1].stop], spans=tuple(spans), masks_improbable=masks_improbable, held=held
+                )
             )
 
     for index, (turn, advantage) in enumerate(zip(trajectory.turns, advantages, strict=True)):
@@ -68,7 +75,7 @@ def build(
 
 
 def trained(
-    trajectory: Trajectory, advantages: Sequence[float], *, masked_modes: frozenset[Mode]
+    trajectory: Trajectory, advantages: Sequence[float], *, masked_modes: frozenset[Mode], held: bool = True
 ) -> list[TrainingSequence]:
     """What the update trains on: DISTILL without its tips, the other modes as they acted."""
     return build(
@@ -76,6 +83,7 @@ def trained(
         advantages,
         plain=trajectory.mode.trains_plain,
         masks_improbable=trajectory.mode in masked_modes,
+        held=held,
     )
 
 

@@ -174,12 +174,13 @@ class Span:
 class TrainingSequence:
     """One row of training: token ids with the completions that are trained.
 
-    ``masks_improbable``: tokens with probability below δ lose their policy-gradient term.
+    ``masks_improbable``: tokens with probability below δ lose their policy-gradient term. ``held``: the KL term counts.
     """
 
     token_ids: TokenIds
     spans: tuple[Span, ...]
     masks_improbable: bool = False
+    held: bool = True
 
     @property
     def num_trained(self) -> int:

@@ -17,7 +17,7 @@ class StepUpdate:
     """The updates of one training step."""
 
     updates: tuple[UpdateStats, ...]
-    num_skipped_groups: int  #: groups without any advantage
+    num_skipped_groups: int  #: groups of which nothing was trained
     num_computed: int  #: tokens that went through the model for behavior log-probs
 
 
@@ -26,26 +26,33 @@ def update_policy(
 ) -> StepUpdate:
     """Train on one step's groups.
 
-    Groups without advantage are left out before any forward pass and do not count in the loss's denominator; with a KL
-    or entropy term they are kept for that term alone. Behavior log-probs are computed with the training forward before
-    the first update, where they can differ from the current ones. The last mini-batch may be smaller.
+    Groups without advantage are left out before any forward pass and do not count in the loss's denominator; those of
+    their episodes that a KL or entropy term moves are kept for that term alone. Behavior log-probs are computed with
+    the training forward before the first update, where they can differ from the current ones. The last mini-batch may
+    be smaller.
     """
-    keeps_all = config.loss.kl > 0 or config.loss.entropy > 0
-    chosen = []
-    for group, values in zip(groups, advantages, strict=True):
-        if has_signal(values, config.advantage.skip_below):
-            chosen.append((group, values))
-        elif keeps_all:
-            chosen.append((group, tuple((0.0,) * len(turns) for turns in values)))
+    loss = config.loss
+    skipped = 0
     trained: list[TrainingSequence] = []
     others: list[TrainingSequence] = []  # renderings of the denominator that are not the trained ones
-    for group, values in chosen:
+    for group, values in zip(groups, advantages, strict=True):
+        signal = has_signal(values, config.advantage.skip_below)
+        before = len(trained)
         for trajectory, turn_values in zip(group.trajectories, values, strict=True):
-            own = sequences.trained(trajectory, turn_values, masked_modes=MASKED_MODES[config.loss.mask_modes])
-            sampled = sequences.behavior(trajectory, off_policy_ratio=config.loss.off_policy_ratio)
+            held = loss.kl_episodes == "all" or not trajectory.success
+            if not (signal or (loss.kl > 0 and held) or loss.entropy > 0):
+                continue
+            own = sequences.trained(
+                trajectory,
+                turn_values if signal else (0.0,) * len(turn_values),
+                masked_modes=MASKED_MODES[loss.mask_modes],
+                held=held,
+            )
+            sampled = sequences.behavior(trajectory, off_policy_ratio=loss.off_policy_ratio)
             trained += own
             if _has_advantage(own) and [s.token_ids for s in own] != [s.token_ids for s in sampled]:
                 others += sampled
+        skipped += len(trained) == before
     order = streams.shuffled(trained, config.train.seed, "mini-batch", step)
     size = config.learner.mini_batch or max(len(order), 1)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -56,7 +63,7 @@ def update_policy(
     lr = learning_rate(config.learner, step - 1, config.train.steps)
     return StepUpdate(
         updates=tuple(learner.update(batch, behavior, lr) for batch in batches),
-        num_skipped_groups=len(groups) - len(chosen),
+        num_skipped_groups=skipped,
         num_computed=num_computed,
     )
 
