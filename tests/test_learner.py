@@ -231,8 +231,8 @@ LOSSES = {
     "no dual clip": LossConfig(dual_clip=None, delta=0.0),
     "kl and entropy": LossConfig(kl=0.1, entropy=0.05, delta=0.002),
     "exact kl": LossConfig(kl=0.1, kl_estimator="exact", delta=0.002),
-    "kl of failed episodes": LossConfig(kl=0.1, kl_episodes="failed", delta=0.002),
-    "exact kl of failed episodes": LossConfig(kl=0.1, kl_estimator="exact", kl_episodes="failed", delta=0.002),
+    "kl of some": LossConfig(kl=0.1, kl_groups="unsolved", delta=0.002),
+    "exact kl of some": LossConfig(kl=0.1, kl_estimator="exact", kl_groups="unsolved", delta=0.002),
 }
 
 
@@ -246,7 +246,7 @@ def test_update_equals_the_slow_oracle(name, precision):
     batch = batch_of(play_group(Mode.DISTILL), masks=True) + batch_of(
         [replace(t, key=EpisodeKey(1, 1, t.key.episode)) for t in play_group(Mode.WITH_TIPS, seed=5)]
     )
-    if loss.kl_episodes == "failed":
+    if loss.kl_groups == "unsolved":
         batch = [replace(sequence, held=number % 3 == 0) for number, sequence in enumerate(batch)]
     behavior = shifted(learner.logprobs(batch))
     stats, found = updated(learner, batch, behavior)

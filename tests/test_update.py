@@ -298,27 +298,22 @@ def test_where_it_is_asked_hardly_any_advantage_counts_as_none(term):
     assert step(groups, loss=loss, advantages=little, reference=reference)[0] != wanted
 
 
-def test_the_kl_term_can_hold_failed_episodes_only():
-    """With an advantage all of a group are trained, the failed ones held; without one, only those, for that alone."""
-    groups = [group_of(Mode.PLAIN, index=index) for index in range(3)]
-    success = {(0, 1), (1, 0), (1, 3), *((2, episode) for episode in range(4))}
-    groups = [
-        replace(
-            group,
-            trajectories=tuple(replace(t, success=(index, t.key.episode) in success) for t in group.trajectories),
-        )
-        for index, group in enumerate(groups)
-    ]
-    values = [advantages_of(groups[0]), ((0.0,) * 3,) * 4, ((0.0,) * 3,) * 4]
-    loss = replace(UNMASKED, kl=0.1, kl_episodes="failed")
+def test_the_kl_term_can_hold_groups_without_a_success_only():
+    """Those with an advantage and those without; a group with a success is trained for its advantages, or left out."""
+    groups = [group_of(Mode.PLAIN, index=index) for index in range(4)]
+    for index in (1, 3):
+        first, *others = groups[index].trajectories
+        groups[index] = replace(groups[index], trajectories=(*others, replace(first, success=True)))
+    none = ((0.0,) * 3,) * 4
+    values = [advantages_of(groups[0]), advantages_of(groups[1]), none, none]
+    loss = replace(UNMASKED, kl=0.1, kl_groups="unsolved")
     reference = make_learner(seed=1).model
     result, calls, _ = step(groups, loss=loss, advantages=values, reference=reference)
-    trained = {(by_key(s).group, by_key(s).episode): s.held for s in calls.batches[0]}
-    assert trained == {(0, 0): True, (0, 1): False, (0, 2): True, (0, 3): True, (1, 1): True, (1, 2): True}
-    assert result.num_skipped_groups == 1
-    everything = step(groups, loss=replace(loss, kl_episodes="all"), advantages=values, reference=reference)
-    assert everything[0].num_skipped_groups == 0
-    assert [s.held for s in everything[1].batches[0]] == [True] * 12
+    assert {(by_key(s).group, s.held) for s in calls.batches[0]} == {(0, True), (1, False), (2, True)}
+    assert (len(calls.batches[0]), result.num_skipped_groups) == (12, 1)
+    everything, calls, _ = step(groups, loss=replace(loss, kl_groups="all"), advantages=values, reference=reference)
+    assert {(by_key(s).group, s.held) for s in calls.batches[0]} == {(index, True) for index in range(4)}
+    assert everything.num_skipped_groups == 0
 
 
 def test_where_there_is_no_advantage_no_denominator_is_computed():

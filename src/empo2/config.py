@@ -185,8 +185,8 @@ class LossConfig:
     """Coefficient of the KL divergence from the initial policy."""
     kl_estimator: Literal["k3", "exact"] = "k3"
     """From the token that was drawn (Schulman's k3), or exactly, over the whole vocabulary."""
-    kl_episodes: Literal["all", "failed"] = "all"
-    """Which episodes the KL term holds: all, or those that did not succeed, so that the policy goes on searching where
+    kl_groups: Literal["all", "unsolved"] = "all"
+    """Which groups the KL term holds: all, or those without a success, so that the policy goes on searching where
     nothing was found and is free where something was."""
     entropy: float = 0.0
     """Coefficient of the entropy bonus."""

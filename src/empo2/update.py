@@ -17,7 +17,7 @@ class StepUpdate:
     """The updates of one training step."""
 
     updates: tuple[UpdateStats, ...]
-    num_skipped_groups: int  #: groups of which nothing was trained
+    num_skipped_groups: int  #: groups without any advantage
     num_computed: int  #: tokens that went through the model for behavior log-probs
 
 
@@ -26,8 +26,8 @@ def update_policy(
 ) -> StepUpdate:
     """Train on one step's groups.
 
-    Groups without advantage are left out before any forward pass and do not count in the loss's denominator; those of
-    their episodes that a KL or entropy term moves are kept for that term alone. Behavior log-probs are computed with
+    Groups without advantage are left out before any forward pass and do not count in the loss's denominator; those
+    that a KL or entropy term moves are kept for that term alone. Behavior log-probs are computed with
     the training forward before the first update, where they can differ from the current ones. The last mini-batch may
     be smaller.
     """
@@ -37,11 +37,11 @@ def update_policy(
     others: list[TrainingSequence] = []  # renderings of the denominator that are not the trained ones
     for group, values in zip(groups, advantages, strict=True):
         signal = has_signal(values, config.advantage.skip_below)
-        before = len(trained)
+        held = loss.kl_groups == "all" or not any(trajectory.success for trajectory in group.trajectories)
+        if not (signal or (loss.kl > 0 and held) or loss.entropy > 0):
+            skipped += 1
+            continue
         for trajectory, turn_values in zip(group.trajectories, values, strict=True):
-            held = loss.kl_episodes == "all" or not trajectory.success
-            if not (signal or (loss.kl > 0 and held) or loss.entropy > 0):
-                continue
             own = sequences.trained(
                 trajectory,
                 turn_values if signal else (0.0,) * len(turn_values),
@@ -52,7 +52,6 @@ def update_policy(
             trained += own
             if _has_advantage(own) and [s.token_ids for s in own] != [s.token_ids for s in sampled]:
                 others += sampled
-        skipped += len(trained) == before
     order = streams.shuffled(trained, config.train.seed, "mini-batch", step)
     size = config.learner.mini_batch or max(len(order), 1)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
