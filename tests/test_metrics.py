@@ -115,6 +115,7 @@ STATS = UpdateStats(
     kl=0.0,
     grad_norm=0.0,
     num_tokens=10,
+    num_held=10,
     num_computed=20,
     sampler_gap_mean=0.0,
     sampler_gap_max=0.0,
@@ -128,7 +129,7 @@ def updated(*stats: UpdateStats, skipped_groups: int = 0) -> dict[str, float | N
 
 def test_update_metrics_are_weighted_by_tokens():
     other = replace(STATS, num_tokens=30, loss=4.0, entropy=2.0, ratio_mean=2.0, ratio_max=9.0, clip_fraction=1.0)
-    other = replace(other, masked_fraction=0.5, kl=0.4, grad_norm=2.0, skipped=True)
+    other = replace(other, masked_fraction=0.5, kl=0.4, num_held=30, grad_norm=2.0, skipped=True)
     found = updated(STATS, other, skipped_groups=3)
     expected = {
         "zero_advantage_groups": 3,
@@ -146,6 +147,13 @@ def test_update_metrics_are_weighted_by_tokens():
     }
     assert {key: found[key] for key in expected} == expected
     assert found["kl"] == pytest.approx(0.3)
+
+
+def test_the_kl_is_that_of_the_tokens_that_the_term_holds():
+    """Null where it holds none: nothing was measured."""
+    none = replace(STATS, num_held=0)
+    assert updated(replace(STATS, kl=0.4), none, replace(STATS, kl=0.1, num_held=5))["kl"] == pytest.approx(0.3)
+    assert updated(none)["kl"] is None
 
 
 def test_the_sampler_gap_is_that_of_the_first_update():

@@ -33,6 +33,7 @@ class UpdateStats:
     kl: float  #: nats, over the tokens that the KL term holds
     grad_norm: float  #: before clipping
     num_tokens: int  #: completion tokens trained
+    num_held: int  #: of them, those that the KL term holds
     num_computed: int  #: tokens that went through the policy and the reference
     sampler_gap_mean: float  #: |log-prob of trainer − of sampler|, where the trained rendering was sampled
     sampler_gap_max: float
@@ -334,6 +335,7 @@ def _stats(sums: _Sums, num_tokens: int, num_computed: int, norm: float, *, skip
         kl=sums.kl / sums.held if sums.held else 0.0,
         grad_norm=norm,
         num_tokens=num_tokens,
+        num_held=sums.held,
         num_computed=num_computed,
         sampler_gap_mean=sums.gap / sums.gap_tokens if sums.gap_tokens else 0.0,
         sampler_gap_max=sums.gap_max,

@@ -91,9 +91,11 @@ def _std(values: Sequence[float]) -> float:
 
 
 def of_update(update: StepUpdate) -> dict[str, float | None]:
-    """Token-weighted means over the step's updates; None where every group was skipped."""
+    """Token-weighted means over the step's updates; None where every group was skipped, ``kl`` where none was held."""
     stats = update.updates
     tokens = sum(s.num_tokens for s in stats)
+
+    held = sum(s.num_held for s in stats)
 
     def mean(field: str) -> float:
         return sum(getattr(s, field) * s.num_tokens for s in stats) / tokens
@@ -114,7 +116,7 @@ def of_update(update: StepUpdate) -> dict[str, float | None]:
         "ratio_max": max(s.ratio_max for s in stats),
         "clip_fraction": mean("clip_fraction"),
         "masked_token_fraction": mean("masked_fraction"),
-        "kl": mean("kl"),
+        "kl": sum(s.kl * s.num_held for s in stats) / held if held else None,
         "grad_norm": _mean([s.grad_norm for s in stats]),
         # of the first update, before which trainer and sampler hold the same weights
         "sampler_gap_mean": stats[0].sampler_gap_mean,

@@ -27,9 +27,8 @@ def update_policy(
     """Train on one step's groups.
 
     Groups without advantage are left out before any forward pass and do not count in the loss's denominator; those
-    that a KL or entropy term moves are kept for that term alone. Behavior log-probs are computed with
-    the training forward before the first update, where they can differ from the current ones. The last mini-batch may
-    be smaller.
+    that a KL or entropy term moves are kept for that term alone. Behavior log-probs are computed with the training
+    forward before the first update, where they can differ from the current ones. The last mini-batch may be smaller.
     """
     loss = config.loss
     skipped = 0
