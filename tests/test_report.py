@@ -459,15 +459,43 @@ def test_runs_with_other_weights_or_on_other_machines_are_named(tmp_path: Path):
 # --- figures ---
 
 
-def test_many_arms_look_different_and_odd_ones_are_drawn(tmp_path: Path):
-    arms = [f"arm {n}" for n in range(12)]
-    made = study(*(make(arm, 1, [0.0, 0.5]) for arm in arms))
-    assert len(set(curves._colours(made).values())) == 14
+def test_four_arms_look_different_and_odd_ones_are_drawn(tmp_path: Path):
+    made = study(*(make(f"arm {n}", 1, [0.0, 0.5]) for n in range(2)))
+    assert len(set(curves._colours(made).values())) == 4
     apart = [replace(make("a $x", 1, [0.0, 0.5]), metrics=()), make("$\\frac{", 2, [math.nan, 0.2])]
     apart += [make("a $x", 1, [0.1, math.nan, math.nan]), make("a $x", 2, [math.nan, math.nan, 0.2])]
     made = study(*apart, compare=("a $x", "$\\frac{"))
     curves.draw_curves(made, tmp_path)
     curves.draw_diagnostics(made, tmp_path)
+
+
+def test_more_arms_than_can_be_told_apart_have_a_row_each(tmp_path: Path):
+    few, many = ([make(f"arm {n}", 1, [0.0, 0.5]) for n in range(count)] for count in (2, 3))
+    assert study(*few).apart == ()
+    assert study(*many).apart == ("arm 0", "arm 1", "arm 2")
+    assert list(curves._colours(study(*many))) == ["new", "old"]
+    for name, records in (("few", few), ("many", many)):
+        report.write(study(*records, *pair([0.6], [0.2])), tmp_path / name)
+        page = (tmp_path / name / "results.md").read_text()
+        drawn = name == "many"
+        assert ("![the other arms](arms.png)" in page, "[arms](arms.svg)" in page) == (drawn, drawn)
+        assert [(tmp_path / name / f"arms.{kind}").exists() for kind in ("png", "svg")] == [drawn, drawn]
+
+
+def test_an_arm_apart_stands_beside_the_first_arm_on_its_own_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.axes import Axes
+
+    lines: dict[str, list[list[float]]] = {}
+    monkeypatch.setattr(
+        Axes, "plot", lambda _, xs, ys, color, **__: lines.setdefault(color, []).append([*ys]) if ys else None
+    )
+    others = [make(f"arm {n}", 3, []) for n in range(2)]
+    made = study(*pair([0.6, 0.7], [0.2]), *(make("apart", seed, [0.1, seed / 5]) for seed in (2, 3)), *others)
+    curves.draw_arms(made, tmp_path)
+    mean_and_seed = 2
+    assert lines[curves.APART][:mean_and_seed] == [[0.1, 0.4]] * mean_and_seed, "seed 2 only"
+    assert lines[curves.PALETTE[0]][:mean_and_seed] == [[0.0, 0.7]] * mean_and_seed, "seed 2 only"
+    assert lines[curves.PALETTE[0]][mean_and_seed:] == [[1.0]], "its gradient norm; none for arms without a seed"
 
 
 def test_figures_are_the_same_bytes_each_time(tmp_path: Path):

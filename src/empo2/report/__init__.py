@@ -1,7 +1,7 @@
 """Reports of an experiment: verdict, tables and figures from its records.
 
 statistics (intervals, equal budgets) → summary (figures) → verdict, tables (words) and curves (figures): `write` makes
-results.md, results.json, curves.{png,svg} and diagnostics.{png,svg} in a folder.
+results.md, results.json, curves.{png,svg}, diagnostics.{png,svg} and, of many arms, arms.{png,svg} in a folder.
 """
 
 import dataclasses
@@ -33,6 +33,8 @@ def write(study: Study, folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     curves.draw_curves(study, folder)
     curves.draw_diagnostics(study, folder)
+    if study.apart:
+        curves.draw_arms(study, folder)
 
 
 def _evaluated(study: Study, measure: str) -> bool:

@@ -1,12 +1,15 @@
 """Learning curves and diagnostics as PNG and SVG (matplotlib, imported when something is drawn).
 
 One column a task. An arm keeps its colour everywhere: a thick line is the mean over finished seeds, the shade its 95 %
-interval (t; from three seeds on, that of two would fill the picture), thin lines are seeds. The same study gives the
-same bytes on the same version of matplotlib.
+interval (t; from three seeds on, that of two would fill the picture), thin lines are seeds. Of a study with more arms
+than can be told apart these two show the compared arms; the others have a row each in a third figure, beside the first
+compared arm on the same seeds. The same study gives the same bytes on the same version of matplotlib.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ from empo2.errors import MissingPart
 from empo2.report.records import Axis, Record, Study, measure_words
 from empo2.report.statistics import Curve, band
 
-#: Okabe and Ito's palette, told apart by colour-blind readers; the compared arms take the first two
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "-", "--", "-.", ":", "--", "-.")
+#: of Okabe and Ito's palette, told apart by colour-blind readers; the compared arms take the first two
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+DASHES = ("-", "-", "--", "-.")
+APART = PALETTE[2]  #: the arm of a row of `draw_arms`
 
 MIN_SHADED = 3  #: seeds
 
@@ -44,6 +48,9 @@ DIAGNOSTICS = {
     "distinct_states": "distinct states seen",
 }
 LOGARITHMIC = {"grad_norm"}  #: one step in a thousand may have a thousand times the norm of the others
+
+#: drawn beside the measure of an arm that has a row of its own: what the paper's figures 6 and 7 are about
+BESIDE_ARMS = {"entropy_sampled": "entropy without tips", "grad_norm": "gradient norm"}
 
 #: evaluated beside the score: what follows `eval_` or `eval_train_` → what the axis says
 BESIDE = {"success_rate": "success (share)", "valid_action_rate": "valid actions (share)"}
@@ -72,8 +79,40 @@ def draw_curves(study: Study, folder: Path) -> None:
 def draw_diagnostics(study: Study, folder: Path) -> None:
     """diagnostics.png and diagnostics.svg: how training went, step by step, over episodes."""
     rows = [_Row(label=label, key=key, axis="episodes", evaluated=False) for key, label in DIAGNOSTICS.items()]
-    drawn = [row for row in rows if any(row.curve(record).xs for record in study.records)]  # older runs lack some
-    _draw(study, drawn or rows, folder / "diagnostics", height=1.9)
+    _draw(study, _measured(study, rows) or rows, folder / "diagnostics", height=1.9)
+
+
+def _measured(study: Study, rows: Sequence["_Row"]) -> list["_Row"]:
+    """Those of which there is something to draw: older runs lack some."""
+    return [row for row in rows if any(row.curve(record).xs for record in study.records)]
+
+
+def draw_arms(study: Study, folder: Path) -> None:
+    """arms.png and arms.svg: a row for each of `Study.apart`, with the first compared arm on the seeds of both.
+
+    An arm that has no seed with it stands alone. The columns are the measure, the entropy and the gradient norm over
+    episodes, each on every task.
+    """
+    score = _Row(label=measure_words(study.measure), key=study.measure, axis="episodes", evaluated=True)
+    beside = [_Row(label=label, key=key, axis="episodes", evaluated=False) for key, label in BESIDE_ARMS.items()]
+    columns = [(task, row) for row in (score, *_measured(study, beside)) for task in study.tasks]
+    arms = study.apart
+    with _figure(study, width=1.4 + 2.5 * len(columns), height=1.3 * len(arms) + 0.7, target=folder / "arms") as figure:
+        panels: Any = figure.subplots(len(arms), len(columns), squeeze=False, sharey="col")
+        for arm, arm_panels in zip(arms, panels, strict=True):
+            for panel, (task, row) in zip(arm_panels, columns, strict=True):
+                _draw_pair(panel, study, row, task, arm)
+            arm_panels[0].set_ylabel(
+                _plain(textwrap.fill(arm, 14)), rotation=0, ha="right", va="center", color=APART, fontweight="bold"
+            )
+        for panel, (task, row) in zip(panels[0], columns, strict=True):
+            panel.set_title(_plain(f"{task}: {row.label}"), loc="left", color="#333333", fontsize=9)
+        for panel in panels[-1]:
+            panel.set_xlabel("training episodes")
+        figure.suptitle(
+            _plain(f"{study.compare[0]} on the same seeds"), x=0.01, ha="left", fontsize=10,
+            color=PALETTE[0], fontweight="bold",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,23 +129,36 @@ class _Row:
 
 
 def _colours(study: Study) -> dict[str, tuple[str, str]]:
-    """Arm → colour and dash; the compared arms first."""
-    arms = [*study.compare, *(arm for arm in study.arms if arm not in study.compare)]
-    count = len(PALETTE)
-    return {arm: (PALETTE[i % count], DASHES[(i + 2 * (i // count)) % count]) for i, arm in enumerate(arms)}
+    """Arms that are drawn together → colour and dash; the compared arms first."""
+    arms = [*study.compare, *(arm for arm in study.arms if arm not in {*study.compare, *study.apart})]
+    return dict(zip(arms, zip(PALETTE, DASHES, strict=True), strict=False))
 
 
-def _draw(study: Study, rows: Sequence[_Row], target: Path, *, height: float) -> None:
+@contextlib.contextmanager
+def _figure(study: Study, *, width: float, height: float, target: Path) -> Iterator[Any]:
+    """A figure (inches) that is written to ``target`` with both endings when it has been drawn."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = len(study.tasks)
     style: Any = {**STYLE, "svg.hashsalt": study.name, "svg.fonttype": "path"}
     with matplotlib.rc_context(style):
-        width = 0.8 + (3.4 if columns > 1 else 5.0) * columns + 0.075 * max(map(len, study.arms))
-        figure = Figure(figsize=(width, height * len(rows) + 0.4), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
+        yield figure
+        figure.savefig(target.with_suffix(".png"), dpi=160, metadata={"Software": None})
+        figure.savefig(target.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
+
+
+def _draw(study: Study, rows: Sequence[_Row], target: Path, *, height: float) -> None:
+    columns = len(study.tasks)
+    width = 0.8 + (3.4 if columns > 1 else 5.0) * columns + 0.075 * max(map(len, _colours(study)))
+    with _figure(study, width=width, height=height * len(rows) + 0.4, target=target) as figure:
         same_x = len({row.axis for row in rows}) == 1
         panels: Any = figure.subplots(
             len(rows), columns, squeeze=False, sharey="row", sharex="col" if same_x else "none"
@@ -116,9 +168,24 @@ def _draw(study: Study, rows: Sequence[_Row], target: Path, *, height: float) ->
             for panel in row_panels if not same_x or row is rows[-1] else ():
                 panel.set_xlabel(f"training {row.axis}")
         for panel, task in zip(panels[0], study.tasks, strict=True):
-            panel.set_title(task.replace("$", r"\$"), loc="left", fontweight="bold", color="#333333", fontsize=10)
-        figure.savefig(target.with_suffix(".png"), dpi=160, metadata={"Software": None})
-        figure.savefig(target.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+            panel.set_title(_plain(task), loc="left", fontweight="bold", color="#333333", fontsize=10)
+
+
+def _draw_pair(panel: Any, study: Study, row: _Row, task: str, arm: str) -> None:
+    """One panel of `draw_arms`."""
+    finished, reference = (study.finished(task, name) for name in (arm, study.compare[0]))
+    both = [seed for seed in finished if seed in reference]
+    beside = [reference[seed] for seed in both]
+    own = [finished[seed] for seed in both or finished]
+    for records, colour in ((beside, PALETTE[0]), (own, APART)):
+        drawn = [curve for curve in map(row.curve, records) if curve.xs]
+        for curve in drawn if row.evaluated else ():
+            panel.plot(curve.xs, curve.ys, color=colour, linewidth=0.8, alpha=0.35)
+        mean = band(drawn)
+        panel.plot(mean.xs, mean.mean, color=colour, linewidth=1.8)
+    if row.key in LOGARITHMIC:
+        panel.set_yscale("log", nonpositive="clip")
+    panel.set_xlim(left=0)
 
 
 def _draw_row(study: Study, row: _Row, panels: Any) -> None:
@@ -174,7 +241,7 @@ def _label(panel: Any, colours: dict[str, tuple[str, str]], ends: dict[str, floa
         colour, dash = colours[arm]
         place: Any = {"transform": panel.transAxes, "color": colour, "clip_on": False}
         panel.plot([1.02, 1.08], [height, height], linewidth=2.2, linestyle=dash, **place)
-        panel.text(1.09, height, arm.replace("$", r"\$"), va="center", fontweight="bold", **place)
+        panel.text(1.09, height, _plain(arm), va="center", fontweight="bold", **place)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:

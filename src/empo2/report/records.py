@@ -19,6 +19,8 @@ AXIS_HELP: dict[Axis, str] = {
     "seconds": "seconds of training steps; loading the model and evaluations are not counted",
 }
 
+MAX_TOGETHER = 4  #: arms whose curves can be told apart in one panel
+
 _SPENT: dict[Axis, tuple[str, ...]] = {
     "episodes": ("num_episodes",),
     "tokens": ("tokens_sampled", "tokens_computed"),
@@ -96,6 +98,11 @@ class Study:
     @property
     def arms(self) -> tuple[str, ...]:
         return tuple(self.seeds)
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The arms with figures of their own: those that are not compared, where all are too many for one panel."""
+        return tuple(arm for arm in self.arms if arm not in self.compare) if len(self.arms) > MAX_TOGETHER else ()
 
     def finished(self, task: str, arm: str) -> dict[int, Record]:
         """Seed → record of the finished cells."""

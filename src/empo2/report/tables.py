@@ -231,9 +231,14 @@ def page(
         "## Figures",
         "![learning curves](curves.png)",
         "![diagnostics of training](diagnostics.png)",
+        *(
+            [f"The other arms, each with {study.compare[0]} on the same seeds:", "![the other arms](arms.png)"]
+            if study.apart
+            else []
+        ),
         "Thick lines are means over finished seeds, shades their 95 % intervals (t; from three seeds on; none on "
         "logarithmic axes), thin lines single seeds. The same figures as SVG: [curves](curves.svg), "
-        "[diagnostics](diagnostics.svg).",
+        "[diagnostics](diagnostics.svg)" + (", [arms](arms.svg)." if study.apart else "."),
         "## How to repeat",
         repeat_section(study, summary),
     ]
