@@ -110,7 +110,7 @@ def test_only_episodes_whose_tip_would_be_shown_write_one(parts: Parts):
     assert all(t.tip for t in everyone)
 
 
-OTHER = [("memory.source", "other"), ("memory.threshold", 0.99), ("env.variations", [0, 1, 2])]
+OTHER = [("memory.source", "other"), ("memory.threshold", -1.0), ("env.variations", [0, 1, 2])]
 
 
 @pytest.mark.parametrize("parts", [OTHER], indirect=True)

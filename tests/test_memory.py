@@ -166,6 +166,34 @@ def test_scopes_do_not_see_each_other():
     assert [found.size("one"), found.size("two"), found.size("three"), found.size()] == [1, 2, 0, 3]
 
 
+def test_in_place_of_each_own_entry_one_of_another_scope():
+    key, far = np.eye(2, dtype=np.float32)
+    own = [tip(key, f"own {n}", source=n, score=1.0) for n in range(3)] + [tip(far, "own far", source=9, score=1.0)]
+    others = [tip(far, f"other {n}", source=20 + n, scope="o", score=float(n > 0)) for n in range(3)]
+    found = memory([*own, *others], k=2, min_score=0.5)
+
+    def instead(query, scope: str = "o") -> list[str]:
+        return [shown.text for shown in found.retrieve("s", query, instead=scope).tips]
+
+    assert texts(found, key) == ["own 2", "own 1"]
+    assert instead(key) == ["other 1", "other 2"], "places 2 and 1 of two entries that may be shown, counted round"
+    assert texts(found, far) == ["own far"]
+    assert instead(far) == ["other 2"], "place 3: as many as its own, whatever their states"
+    assert instead(-key) == [], "none where it has none of its own"
+    assert instead(key, "nothing") == [], "none while the other has none"
+    assert (found.retrieve("s", key, instead="o").candidates, found.retrieve("s", key, instead="o").entries) == (3, 4)
+    found.commit(2, [tip(key, "own 4", source=4, score=1.0), tip(key, "own 5", source=5, score=1.0)])
+    assert texts(found, key) == ["own 5", "own 4"]
+    assert instead(key) == ["other 2", "other 1"], "places 5 and 4"
+    found.commit(3, [tip(key, "own 6", source=6, score=1.0)])
+    few = memory([tip(key, "a", source=1), tip(key, "b", source=2), tip(far, "c", scope="o")], k=2)
+    assert [shown.text for shown in few.retrieve("s", key, instead="o").tips] == ["c"], "no entry twice"
+    three = memory(
+        [*(tip(key, f"{n}", source=n) for n in range(4)), tip(far, "a", scope="o"), tip(far, "b", scope="o")]
+    )
+    assert [shown.text for shown in three.retrieve("s", key, instead="o").tips] == ["b", "a"], "taken ones are passed"
+
+
 def test_what_a_scope_holds():
     tasks = [
         Task(environment=environment, name=name, variation=variation)

@@ -1,6 +1,5 @@
 """A recipe → the parts of a run, checked before anything starts."""
 
-import math
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -153,7 +152,7 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
     connection = store.open_store(store_path)
     memory = TipMemory(
         connection,
-        threshold=config.memory.threshold if config.memory.source == "own" else -math.inf,
+        threshold=config.memory.threshold,
         k=config.memory.k,
         rank=config.memory.rank,
         max_entries=config.memory.max_entries,

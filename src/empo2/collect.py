@@ -11,6 +11,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from empo2 import streams
 from empo2.envs.pool import EnvironmentPool
 from empo2.episode import LiveEpisode, PromptRules
@@ -151,7 +154,7 @@ class Collector:
         shown = [episode for episode in episodes if episode.plan.mode.shows_tips]
         vectors = self._embedder.embed([episode.state for episode in shown])
         found = {
-            episode.slot: self._memory.retrieve(self._scope_shown(episode.plan.task), vector)
+            episode.slot: self._retrieve(episode.plan.task, vector)
             for episode, vector in zip(shown, vectors, strict=True)
         }
         requests = []
@@ -166,9 +169,9 @@ class Collector:
                 )
         return requests
 
-    def _scope_shown(self, task: Task) -> str:
-        own = scope_of(task, self._scope)
-        return self._shown_instead.get(own, own)
+    def _retrieve(self, task: Task, vector: NDArray[np.float32]) -> Retrieval:
+        scope = scope_of(task, self._scope)
+        return self._memory.retrieve(scope, vector, instead=self._shown_instead.get(scope))
 
     def _act(self, requests: Sequence[tuple[LiveEpisode, TokenIds]], rules: CollectRules) -> None:
         """Sample one action for each episode and send it on its way."""

@@ -5,7 +5,7 @@ Reads see the memory as it was when the step began; `commit` is the only way in.
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -75,11 +75,14 @@ class TipMemory:
         self._max_entries, self._min_score = max_entries, min_score
         self._scopes: dict[str, _Scope] = {}
 
-    def retrieve(self, scope: str, query: NDArray[np.float32]) -> Retrieval:
+    def retrieve(self, scope: str, query: NDArray[np.float32], *, instead: str | None = None) -> Retrieval:
         """The best entries for a state embedding [D].
 
         Candidates have cosine > threshold. They are ranked by score (or similarity), ties by most recent, and taken
         from the top until there are k, passing over a source episode or a text that was taken already.
+
+        ``instead``: a scope whose entries are given in their place, as many and as often others, whatever their states
+        (a control); none while it has none.
         """
         entries = self._load(scope)
         if not entries.ids:
@@ -94,13 +97,27 @@ class TipMemory:
         by_score = self._rank == "score"
         found.sort(key=lambda hit: (entries.tips[hit[0]].score if by_score else hit[1], hit[0]), reverse=True)
         taken: list[Tip] = []
+        places: list[int] = []
         for index, similarity in found:
             tip = entries.tips[index]
             if len(taken) == self._k:
                 break
             if all(tip.source != other.source and tip.text != other.text for other in taken):
-                taken.append(Tip(text=tip.text, score=tip.score, similarity=similarity, source=tip.source))
+                taken.append(replace(tip, similarity=similarity))
+                places.append(index)
+        if instead is not None:
+            taken = self._replaced(places, instead)
         return Retrieval(tips=tuple(taken), candidates=len(candidates), entries=len(entries.ids))
+
+    def _replaced(self, places: Sequence[int], scope: str) -> list[Tip]:
+        """For each place (oldest entry: 0) what another scope has there, counted round; the next one if it is taken."""
+        others = [tip for tip in self._load(scope).tips if self._min_score is None or tip.score >= self._min_score]
+        chosen: list[int] = []
+        for place in places[: len(others)]:
+            while place % len(others) in chosen:
+                place += 1
+            chosen.append(place % len(others))
+        return [others[index] for index in chosen]
 
     def commit(self, step: int, tips: Sequence[NewTip]) -> None:
         """Store what a step wrote, in the given order, and evict the oldest entries over the limit."""
