@@ -1,4 +1,4 @@
-"""Who may import whom: arrows point down only (docs/architecture.md)."""
+"""Who may import whom: arrows point down only (CONTRIBUTING.md)."""
 
 import ast
 import sys

@@ -124,7 +124,9 @@ STATS = UpdateStats(
 
 
 def updated(*stats: UpdateStats, skipped_groups: int = 0) -> dict[str, float | None]:
-    return metrics.of_update(StepUpdate(updates=stats, num_skipped_groups=skipped_groups, num_computed=5))
+    return metrics.of_update(
+        StepUpdate(updates=stats, num_zero_groups=skipped_groups + 1, num_skipped_groups=skipped_groups, num_computed=5)
+    )
 
 
 def test_update_metrics_are_weighted_by_tokens():
@@ -132,7 +134,8 @@ def test_update_metrics_are_weighted_by_tokens():
     other = replace(other, masked_fraction=0.5, kl=0.4, num_held=30, grad_norm=2.0, skipped=True)
     found = updated(STATS, other, skipped_groups=3)
     expected = {
-        "zero_advantage_groups": 3,
+        "zero_advantage_groups": 4,
+        "skipped_groups": 3,
         "updates": 2,
         "updates_skipped": 1,
         "loss": 2.0,
@@ -165,7 +168,7 @@ def test_the_sampler_gap_is_that_of_the_first_update():
 def test_a_step_without_any_signal_says_so():
     found = updated(skipped_groups=2)
     assert {key: found[key] for key in metrics.OF_UPDATES} == dict.fromkeys(metrics.OF_UPDATES), "none is 0"
-    assert (found["zero_advantage_groups"], found["updates"], found["tokens_trained"]) == (2, 0, 0)
+    assert (found["skipped_groups"], found["updates"], found["tokens_trained"]) == (2, 0, 0)
     assert list(found) == list(updated(STATS)), "the columns stay"
 
 
@@ -189,9 +192,11 @@ def test_faults_are_those_of_the_step():
 
 def test_time_metrics_add_up():
     counters = CollectCounters(action_tokens=30, tip_tokens=12, tip_seconds=2.0, environment_seconds=0.5)
-    found = metrics.of_time(counters, collect=10.0, commit=1.0, train=5.0, total=16.0)
+    found = metrics.of_time(counters, collect=10.0, remember=1.0, train=5.0, total=18.0)
     assert found["tokens_sampled"] == 42
-    assert found["seconds_collect"] + found["seconds_tips"] + found["seconds_train"] == found["seconds_total"] == 16.0
+    parts = {name: found[f"seconds_{name}"] for name in ("collect", "tips", "train", "other")}
+    assert parts == {"collect": 8.0, "tips": 3.0, "train": 5.0, "other": 2.0}
+    assert sum(parts.values()) == found["seconds_total"] == 18.0
 
 
 def test_infinity_is_written_as_text():

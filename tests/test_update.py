@@ -249,7 +249,7 @@ def test_groups_without_advantage_are_left_out_before_any_forward_pass():
     behavior = replace(UNMASKED, off_policy_ratio="behavior")
     result, calls, _ = step(groups, loss=behavior, advantages=values)
     alone, alone_calls, _ = step(groups[1:], loss=behavior)
-    assert result == replace(alone, num_skipped_groups=1)
+    assert result == replace(alone, num_zero_groups=1, num_skipped_groups=1)
     assert calls.computed == alone_calls.computed
     assert {by_key(sequence).group for sequence in calls.batches[0]} == {1}
 
@@ -259,7 +259,7 @@ def test_groups_with_hardly_any_advantage_are_left_out_where_asked():
     groups = [group_of(Mode.PLAIN, index=index) for index in range(3)]
     values = [(((0.1, -0.1, 0.0),) * 4), ((0.0,) * 3, (-0.2, 0.0, 0.0), *((0.0,) * 3,) * 2), advantages_of(groups[2])]
     result, calls, _ = step(groups, advantages=values, skip_below=0.1)
-    assert result.num_skipped_groups == 1
+    assert (result.num_zero_groups, result.num_skipped_groups) == (1, 1)
     assert {by_key(sequence).group for sequence in calls.batches[0]} == {1, 2}
     assert step(groups, advantages=values)[0].num_skipped_groups == 0
 
@@ -267,7 +267,7 @@ def test_groups_with_hardly_any_advantage_are_left_out_where_asked():
 def test_a_step_without_any_advantage_updates_nothing():
     group = group_of(Mode.PLAIN)
     result, calls, learner = step([group], advantages=[((0.0,) * 3,) * 4])
-    assert result == StepUpdate(updates=(), num_skipped_groups=1, num_computed=0)
+    assert result == StepUpdate(updates=(), num_zero_groups=1, num_skipped_groups=1, num_computed=0)
     assert calls.computed == []
     assert all(torch.equal(value, calls.weights[name]) for name, value in learner.weights().items())
 
@@ -279,7 +279,7 @@ def test_a_kl_or_entropy_term_keeps_groups_without_advantage(term):
     result, calls, learner = step(
         [group_of(Mode.PLAIN)], loss=loss, advantages=[((0.0,) * 3,) * 4], reference=reference
     )
-    assert (result.num_skipped_groups, len(result.updates)) == (0, 1)
+    assert (result.num_zero_groups, result.num_skipped_groups, len(result.updates)) == (1, 0, 1)
     assert any(not torch.equal(value, calls.weights[name]) for name, value in learner.weights().items())
 
 
@@ -310,10 +310,10 @@ def test_the_kl_term_can_hold_groups_without_a_success_only():
     reference = make_learner(seed=1).model
     result, calls, _ = step(groups, loss=loss, advantages=values, reference=reference)
     assert {(by_key(s).group, s.held) for s in calls.batches[0]} == {(0, True), (1, False), (2, True)}
-    assert (len(calls.batches[0]), result.num_skipped_groups) == (12, 1)
+    assert (len(calls.batches[0]), result.num_zero_groups, result.num_skipped_groups) == (12, 2, 1)
     everything, calls, _ = step(groups, loss=replace(loss, kl_groups="all"), advantages=values, reference=reference)
     assert {(by_key(s).group, s.held) for s in calls.batches[0]} == {(index, True) for index in range(4)}
-    assert everything.num_skipped_groups == 0
+    assert (everything.num_zero_groups, everything.num_skipped_groups) == (2, 0)
 
 
 def test_where_there_is_no_advantage_no_denominator_is_computed():

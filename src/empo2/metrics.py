@@ -101,7 +101,8 @@ def of_update(update: StepUpdate) -> dict[str, float | None]:
         return sum(getattr(s, field) * s.num_tokens for s in stats) / tokens
 
     counts: dict[str, float | None] = {
-        "zero_advantage_groups": update.num_skipped_groups,
+        "zero_advantage_groups": update.num_zero_groups,
+        "skipped_groups": update.num_skipped_groups,
         "updates": len(stats),
         "updates_skipped": sum(s.skipped for s in stats),
         "tokens_trained": tokens,
@@ -133,14 +134,19 @@ def of_faults(counters: PoolCounters, before: PoolCounters) -> dict[str, float]:
 
 
 def of_time(
-    counters: CollectCounters, *, collect: float, commit: float, train: float, total: float
+    counters: CollectCounters, *, collect: float, remember: float, train: float, total: float
 ) -> dict[str, float]:
-    """Seconds and sampled tokens. Tips: writing them, and embedding and storing them (``commit``)."""
+    """Seconds and sampled tokens.
+
+    Tips: writing them, and embedding and storing them and the states (``remember``). Other: novelty, advantages,
+    handing the weights to the sampler, writing trajectories.
+    """
     return {
         "tokens_sampled": counters.action_tokens + counters.tip_tokens,
         "seconds_collect": collect - counters.tip_seconds,
-        "seconds_tips": counters.tip_seconds + commit,
+        "seconds_tips": counters.tip_seconds + remember,
         "seconds_train": train,
+        "seconds_other": total - collect - remember - train,
         "seconds_environments": counters.environment_seconds,
         "seconds_total": total,
     }

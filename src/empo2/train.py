@@ -65,7 +65,9 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
         updated = time.perf_counter()
         version += 1
         parts.collector.sampler.load_weights(learner.weights(), version)
+        published = time.perf_counter()
         remember(parts, groups, step)
+        remembered = time.perf_counter()
         run.write_trajectories(step, groups, returns, advantages, parts.tokenizer.decode)
         ended = time.perf_counter()
         result = {
@@ -79,7 +81,7 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
             **metrics.of_time(
                 parts.collector.counters,
                 collect=collected - started,
-                commit=judged - collected + ended - updated,
+                remember=remembered - published,
                 train=updated - judged,
                 total=ended - started,
             ),
@@ -141,6 +143,9 @@ def collect_groups(parts: Parts, step: int) -> list[TrajectoryGroup]:
 def add_novelty(parts: Parts, groups: Sequence[TrajectoryGroup]) -> list[TrajectoryGroup]:
     """The groups with every turn's intrinsic reward, from the counts as they were when the step began."""
 
+    if not parts.config.novelty.coefficient:
+        return list(groups)
+
     def rewarded(group: TrajectoryGroup) -> TrajectoryGroup:
         trajectories = []
         for trajectory, visited in zip(group.trajectories, visited_states(parts, group), strict=True):
@@ -149,7 +154,7 @@ def add_novelty(parts: Parts, groups: Sequence[TrajectoryGroup]) -> list[Traject
             trajectories.append(replace(trajectory, turns=tuple(turns)))
         return replace(group, trajectories=tuple(trajectories))
 
-    return [rewarded(group) for group in groups] if parts.config.novelty.coefficient > 0 else list(groups)
+    return [rewarded(group) for group in groups]
 
 
 def visited_states(parts: Parts, group: TrajectoryGroup) -> list[Visited]:
@@ -238,7 +243,7 @@ def resume(parts: Parts, run: RunFolder) -> tuple[int, int]:
     step, version = (found[-1].step, found[-1].policy_version) if found else (0, 0)
     parts.memory.rewind(step)
     parts.novelty.rewind(step)
-    run.cut_back(step if found else -1)
+    run.cut_back(step if found else -1)  # without a checkpoint the evaluation before training goes as well
     if found:
         checkpoint, learner = found[-1], parts.learner
         assert learner is not None

@@ -17,7 +17,8 @@ class StepUpdate:
     """The updates of one training step."""
 
     updates: tuple[UpdateStats, ...]
-    num_skipped_groups: int  #: groups without any advantage
+    num_zero_groups: int  #: groups without an advantage, or none above `advantage.skip_below`
+    num_skipped_groups: int  #: those of them that were left out, as no KL or entropy term moves them either
     num_computed: int  #: tokens that went through the model for behavior log-probs
 
 
@@ -31,11 +32,12 @@ def update_policy(
     forward before the first update, where they can differ from the current ones. The last mini-batch may be smaller.
     """
     loss = config.loss
-    skipped = 0
+    zero = skipped = 0
     trained: list[TrainingSequence] = []
     others: list[TrainingSequence] = []  # renderings of the denominator that are not the trained ones
     for group, values in zip(groups, advantages, strict=True):
         signal = has_signal(values, config.advantage.skip_below)
+        zero += not signal
         held = loss.kl_groups == "all" or not any(trajectory.success for trajectory in group.trajectories)
         if not (signal or (loss.kl > 0 and held) or loss.entropy > 0):
             skipped += 1
@@ -61,6 +63,7 @@ def update_policy(
     lr = learning_rate(config.learner, step - 1, config.train.steps)
     return StepUpdate(
         updates=tuple(learner.update(batch, behavior, lr) for batch in batches),
+        num_zero_groups=zero,
         num_skipped_groups=skipped,
         num_computed=num_computed,
     )

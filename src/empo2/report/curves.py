@@ -1,9 +1,9 @@
 """Learning curves and diagnostics as PNG and SVG (matplotlib, imported when something is drawn).
 
 One column a task. An arm keeps its colour everywhere: a thick line is the mean over finished seeds, the shade its 95 %
-interval (t; from three seeds on, that of two would fill the picture), thin lines are seeds. Of a study with more arms
-than can be told apart these two show the compared arms; the others have a row each in a third figure, beside the first
-compared arm on the same seeds. The same study gives the same bytes on the same version of matplotlib.
+interval (t; from three seeds on, that of two would fill the picture), thin lines are seeds. Where there are more arms
+than can be told apart, `curves` and `diagnostics` show the compared ones, and `arms` has a row for each of the others,
+beside the first compared arm on the same seeds. The same study gives the same bytes on the same version of matplotlib.
 """
 
 import contextlib
@@ -67,10 +67,12 @@ def require() -> None:
 def draw_curves(study: Study, folder: Path) -> None:
     """curves.png and curves.svg: the measure over episodes, below it over seconds; success and valid actions."""
     axes: tuple[Axis, ...] = ("episodes", "seconds")
-    rows = [_Row(label=measure_words(study.measure), key=study.measure, axis=axis, evaluated=True) for axis in axes]
+    rows = [
+        _Quantity(label=measure_words(study.measure), key=study.measure, axis=axis, evaluated=True) for axis in axes
+    ]
     prefix = "eval_train_" if study.measure.startswith("eval_train_") else "eval_"
     for name, label in BESIDE.items():
-        row = _Row(label=label, key=prefix + name, axis="episodes", evaluated=True)
+        row = _Quantity(label=label, key=prefix + name, axis="episodes", evaluated=True)
         if any(row.curve(record) != rows[0].curve(record) for record in study.records):  # a score of 0 or 1 is success
             rows.append(row)
     _draw(study, rows, folder / "curves", height=2.6)
@@ -78,11 +80,11 @@ def draw_curves(study: Study, folder: Path) -> None:
 
 def draw_diagnostics(study: Study, folder: Path) -> None:
     """diagnostics.png and diagnostics.svg: how training went, step by step, over episodes."""
-    rows = [_Row(label=label, key=key, axis="episodes", evaluated=False) for key, label in DIAGNOSTICS.items()]
+    rows = [_Quantity(label=label, key=key, axis="episodes", evaluated=False) for key, label in DIAGNOSTICS.items()]
     _draw(study, _measured(study, rows) or rows, folder / "diagnostics", height=1.9)
 
 
-def _measured(study: Study, rows: Sequence["_Row"]) -> list["_Row"]:
+def _measured(study: Study, rows: Sequence["_Quantity"]) -> list["_Quantity"]:
     """Those of which there is something to draw: older runs lack some."""
     return [row for row in rows if any(row.curve(record).xs for record in study.records)]
 
@@ -93,8 +95,8 @@ def draw_arms(study: Study, folder: Path) -> None:
     An arm that has no seed with it stands alone. The columns are the measure, the entropy and the gradient norm over
     episodes, each on every task.
     """
-    score = _Row(label=measure_words(study.measure), key=study.measure, axis="episodes", evaluated=True)
-    beside = [_Row(label=label, key=key, axis="episodes", evaluated=False) for key, label in BESIDE_ARMS.items()]
+    score = _Quantity(label=measure_words(study.measure), key=study.measure, axis="episodes", evaluated=True)
+    beside = [_Quantity(label=label, key=key, axis="episodes", evaluated=False) for key, label in BESIDE_ARMS.items()]
     columns = [(task, row) for row in (score, *_measured(study, beside)) for task in study.tasks]
     arms = study.apart
     with _figure(study, width=1.4 + 2.5 * len(columns), height=1.3 * len(arms) + 0.7, target=folder / "arms") as figure:
@@ -116,8 +118,8 @@ def draw_arms(study: Study, folder: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    """One row of panels: a key of evaluations.jsonl, or of metrics.jsonl, along a budget."""
+class _Quantity:
+    """What a panel draws: a key of evaluations.jsonl, or of metrics.jsonl, along a budget."""
 
     label: str
     key: str
@@ -155,7 +157,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _draw(study: Study, rows: Sequence[_Row], target: Path, *, height: float) -> None:
+def _draw(study: Study, rows: Sequence[_Quantity], target: Path, *, height: float) -> None:
     columns = len(study.tasks)
     width = 0.8 + (3.4 if columns > 1 else 5.0) * columns + 0.075 * max(map(len, _colours(study)))
     with _figure(study, width=width, height=height * len(rows) + 0.4, target=target) as figure:
@@ -171,7 +173,7 @@ def _draw(study: Study, rows: Sequence[_Row], target: Path, *, height: float) ->
             panel.set_title(_plain(task), loc="left", fontweight="bold", color="#333333", fontsize=10)
 
 
-def _draw_pair(panel: Any, study: Study, row: _Row, task: str, arm: str) -> None:
+def _draw_pair(panel: Any, study: Study, row: _Quantity, task: str, arm: str) -> None:
     """One panel of `draw_arms`."""
     finished, reference = (study.finished(task, name) for name in (arm, study.compare[0]))
     both = [seed for seed in finished if seed in reference]
@@ -188,7 +190,7 @@ def _draw_pair(panel: Any, study: Study, row: _Row, task: str, arm: str) -> None
     panel.set_xlim(left=0)
 
 
-def _draw_row(study: Study, row: _Row, panels: Any) -> None:
+def _draw_row(study: Study, row: _Quantity, panels: Any) -> None:
     colours = _colours(study)
     seen = [0.0]  # heights of lines; shades may leave the picture
     ends: dict[str, float] = {}  # heights at which the last panel's lines end
@@ -211,7 +213,7 @@ def _draw_row(study: Study, row: _Row, panels: Any) -> None:
     _label(panels[-1], colours, ends)
 
 
-def _draw_arm(panel: Any, study: Study, row: _Row, task: str, arm: str, colour: str, dash: str) -> list[Curve]:
+def _draw_arm(panel: Any, study: Study, row: _Quantity, task: str, arm: str, colour: str, dash: str) -> list[Curve]:
     """Draw one arm in one panel; the curves that must be in the picture, the mean last."""
     records = [record for record in study.records if (record.task, record.arm) == (task, arm)]
     every = [curve for curve in map(row.curve, records) if len(curve.xs) > 1]
