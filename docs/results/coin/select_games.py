@@ -1,28 +1,45 @@
-"""Chooses the games of the comparison by PROTOCOL.md's rule and writes games.md beside this file.
+"""Chooses the games of the comparison by PROTOCOL.md's rules and writes games.md or games-hard.md beside this file.
 
-`python docs/results/coin/select_games.py`; about 5 minutes a measured game on one core. What
-games.md says already is not measured again: remove it to begin anew.
+`python docs/results/coin/select_games.py [hard]`; about 5 minutes a measured game on one core. What the page says
+already is not measured again: remove it to begin anew.
 """
 
 import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from empo2 import config
 from empo2.envs.textworld_express import TextWorldExpressEnvironment
 from empo2.types import Task
 
-CANDIDATES = range(100)
-LOW, HIGH, WANTED, EPISODES, SEED = 0.002, 0.02, 8, 1000, 1000
-NAME = "coin-11"
-PAGE = Path(__file__).parent / "games.md"
+WANTED, EPISODES, SEED = 8, 1000, 1000
 
 
-def walkers_success(environment: TextWorldExpressEnvironment, variation: int, turns: int) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which games are candidates, and which of them are taken."""
+
+    page: str
+    name: str
+    candidates: range
+    walker: tuple[float, float]  #: success of a random walker, from and to
+    policy: tuple[float, float]  #: success of the warmed policy, from and to
+
+
+RULES = {
+    "games": Rule(page="games.md", name="coin-11", candidates=range(100), walker=(0.002, 0.02), policy=(0.002, 0.02)),
+    "hard": Rule(
+        page="games-hard.md", name="coin-10", candidates=range(1000), walker=(0.002, 0.007), policy=(0.002, 0.006)
+    ),
+}
+
+
+def walkers_success(environment: TextWorldExpressEnvironment, name: str, variation: int, turns: int) -> float:
     """Probability that a walker who takes each action that changes something equally often gets the coin in time."""
-    rooms, coin = environment.explore(Task(environment="textworld-express", name=NAME, variation=variation))
+    rooms, coin = environment.explore(Task(environment="textworld-express", name=name, variation=variation))
     where, success = {next(iter(rooms)): 1.0}, 0.0
     for _ in range(turns):
         after: dict[str, float] = {}
@@ -35,10 +52,10 @@ def walkers_success(environment: TextWorldExpressEnvironment, variation: int, tu
     return success
 
 
-def policys_success(variation: int) -> float:
+def policys_success(name: str, variation: int) -> float:
     """Of the warmed policy, at temperature 1, on the selection seed."""
     command = [sys.executable, "-m", "empo2", "evaluate", config_path(), "--recipe", "coin", "--json"]
-    command += ["--split", "train", "--env.variations", str(variation), "--variations", "1"]
+    command += ["--split", "train", "--env.tasks", name, "--env.variations", str(variation), "--variations", "1"]
     command += [
         "--train.threads",
         "1",
@@ -57,53 +74,62 @@ def config_path() -> str:
     return str(config.read_recipe("coin")["model"]["path"])
 
 
-def measured_before() -> dict[int, float]:
-    """What games.md says of games, as shares."""
-    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+def measured_before(page: Path) -> dict[int, float]:
+    """What a page says of games, as shares."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     return {
         int(game): float(share) / 100
         for game, share in re.findall(r"^\| (\d+) \|.*\| ([\d.]+)% \| \w+ \|$", text, re.M)
     }
 
 
-def main() -> None:
+def within(share: float, bounds: tuple[float, float]) -> bool:
+    return bounds[0] <= share <= bounds[1]
+
+
+def main(which: str = "games") -> None:
+    rule = RULES[which]
+    page = Path(__file__).parent / rule.page
     turns = int(config.read_recipe("coin")["env"]["max_turns"])
     environment = TextWorldExpressEnvironment("room")
-    walker = {variation: walkers_success(environment, variation, turns) for variation in CANDIDATES}
+    walker = {variation: walkers_success(environment, rule.name, variation, turns) for variation in rule.candidates}
     environment.close()
-    known = measured_before()
+    known = measured_before(page)
     measured: dict[int, float] = {}
-    for variation in (v for v in CANDIDATES if LOW <= walker[v] <= HIGH):
-        if sum(LOW <= share <= HIGH for share in measured.values()) == WANTED:
+    for variation in (v for v in rule.candidates if within(walker[v], rule.walker)):
+        if sum(within(share, rule.policy) for share in measured.values()) == WANTED:
             break
-        measured[variation] = known[variation] if variation in known else policys_success(variation)
-        write(walker, measured, turns)
+        measured[variation] = known[variation] if variation in known else policys_success(rule.name, variation)
+        page.write_text(text(rule, which, walker, measured, turns), encoding="utf-8")
         print(f"game {variation}: {measured[variation]:.2%}", flush=True)
 
 
-def write(walker: dict[int, float], measured: dict[int, float], turns: int) -> None:
-    """games.md, as far as it is known."""
-    chosen = [v for v, share in measured.items() if LOW <= share <= HIGH]
+def text(rule: Rule, which: str, walker: dict[int, float], measured: dict[int, float], turns: int) -> str:
+    """The page, as far as it is known."""
+    low, high = rule.walker
+    chosen = [v for v, share in measured.items() if within(share, rule.policy)]
     rows = [
         f"| {v} | {walker[v]:.2%} | {share:.2%} | {'yes' if v in chosen else 'no'} |" for v, share in measured.items()
     ]
-    impossible = [v for v in CANDIDATES if walker[v] == 0]
-    harder = [v for v in CANDIDATES if 0 < walker[v] < LOW]
-    easier = [v for v in CANDIDATES if walker[v] > HIGH]
-    left = [v for v in CANDIDATES if LOW <= walker[v] <= HIGH and v not in measured]
-    text = [
+    impossible = [v for v in rule.candidates if walker[v] == 0]
+    harder = [v for v in rule.candidates if 0 < walker[v] < low]
+    easier = [v for v in rule.candidates if walker[v] > high]
+    left = [v for v in rule.candidates if within(walker[v], rule.walker) and v not in measured]
+    command = "python docs/results/coin/select_games.py" + (f" {which}" if which != "games" else "")
+    parts = [
         f"# Games: {', '.join(map(str, chosen))}",
-        f"{NAME}, train games {CANDIDATES.start} to {CANDIDATES.stop - 1}, {turns} turns; rule: PROTOCOL.md; "
-        "command: `python docs/results/coin/select_games.py`. Success of a uniformly random walker, computed from the "
+        f"{rule.name}, train games {rule.candidates.start} to {rule.candidates.stop - 1}, {turns} turns; rule: "
+        f"PROTOCOL.md; command: `{command}`. Success of a uniformly random walker, computed from the "
         f"map, and of the warmed policy, {EPISODES} episodes at temperature 1, seed {SEED}:",
         "| game | random walker | warmed policy | taken |\n|---|---:|---:|---|\n" + "\n".join(rows),
         f"- not measured, as {WANTED} were found: {', '.join(map(str, left)) or 'none'}",
-        f"- too easy for a random walker (above {HIGH:.0%}), {len(easier)}: {', '.join(map(str, easier))}",
-        f"- harder than {LOW:.1%}, {len(harder)}: {', '.join(map(str, harder)) or 'none'}",
+        f"- too easy for a random walker (above {high:.1%}), {len(easier)}"
+        + (f": {', '.join(map(str, easier))}" if len(rule.candidates) <= 100 else ""),
+        f"- harder than {low:.1%}, {len(harder)}: {', '.join(map(str, harder)) or 'none'}",
         f"- impossible in {turns} turns, {len(impossible)}: {', '.join(map(str, impossible)) or 'none'}",
     ]
-    PAGE.write_text("\n\n".join(text[:3]) + "\n\n" + "\n".join(text[3:]) + "\n", encoding="utf-8")
+    return "\n\n".join(parts[:3]) + "\n\n" + "\n".join(parts[3:]) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
