@@ -120,7 +120,7 @@ class MemoryConfig:
     """Which tasks share entries: the same variation (the paper), the same task name, or all."""
     source: Literal["own", "other"] = "own"
     """Whose entries are shown: those of the task's scope, or, in place of each of them, one of the next training
-    task's (a control: as many tips, at the same turns, that must not help)."""
+    task's (a control: tips that must not help)."""
     entries: Literal["turn", "final"] = "turn"
     """One entry per turn under that turn's state (the paper), or one under the final state."""
     suffix: Literal["action", "actions", "state_actions"] = "action"

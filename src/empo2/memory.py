@@ -81,8 +81,8 @@ class TipMemory:
         Candidates have cosine > threshold. They are ranked by score (or similarity), ties by most recent, and taken
         from the top until there are k, passing over a source episode or a text that was taken already.
 
-        ``instead``: a scope whose entries are given in their place, as many and as often others, whatever their states
-        (a control); none while it has none.
+        ``instead``: a scope whose entries are given in their place, one for each, whatever their states (a control);
+        none while it has none.
         """
         entries = self._load(scope)
         if not entries.ids:
