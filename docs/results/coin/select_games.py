@@ -122,7 +122,8 @@ def text(rule: Rule, which: str, walker: dict[int, float], measured: dict[int, f
         f"PROTOCOL.md; command: `{command}`. Success of a uniformly random walker, computed from the "
         f"map, and of the warmed policy, {EPISODES} episodes at temperature 1, seed {SEED}:",
         "| game | random walker | warmed policy | taken |\n|---|---:|---:|---|\n" + "\n".join(rows),
-        f"- not measured, as {WANTED} were found: {', '.join(map(str, left)) or 'none'}",
+        f"- not measured{f', as {WANTED} were found' if len(chosen) == WANTED else ' yet'}: "
+        f"{', '.join(map(str, left)) or 'none'}",
         f"- too easy for a random walker (above {high:.1%}), {len(easier)}"
         + (f": {', '.join(map(str, easier))}" if len(rule.candidates) <= 100 else ""),
         f"- harder than {low:.1%}, {len(harder)}: {', '.join(map(str, harder)) or 'none'}",
