@@ -142,7 +142,6 @@ def collect_groups(parts: Parts, step: int) -> list[TrajectoryGroup]:
 
 def add_novelty(parts: Parts, groups: Sequence[TrajectoryGroup]) -> list[TrajectoryGroup]:
     """The groups with every turn's intrinsic reward, from the counts as they were when the step began."""
-
     if not parts.config.novelty.coefficient:
         return list(groups)
 

@@ -1,6 +1,6 @@
 """Chooses the games of the comparison by PROTOCOL.md's rules and writes games.md or games-hard.md beside this file.
 
-`python docs/results/coin/select_games.py [hard]`; about 5 minutes a measured game on one core. What the page says
+`python docs/results/coin/select_games.py [hard]`; 3 to 5 minutes a measured game on one core. What the page says
 already is not measured again: remove it to begin anew.
 """
 

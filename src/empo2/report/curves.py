@@ -133,7 +133,7 @@ class _Quantity:
 def _colours(study: Study) -> dict[str, tuple[str, str]]:
     """Arms that are drawn together → colour and dash; the compared arms first."""
     arms = [*study.compare, *(arm for arm in study.arms if arm not in {*study.compare, *study.apart})]
-    return dict(zip(arms, zip(PALETTE, DASHES, strict=True), strict=False))
+    return {arm: (PALETTE[index], DASHES[index]) for index, arm in enumerate(arms)}  # records.MAX_TOGETHER of them
 
 
 @contextlib.contextmanager
