@@ -185,7 +185,6 @@ def test_in_place_of_each_own_entry_one_of_another_scope():
     found.commit(2, [tip(key, "own 4", source=4, score=1.0), tip(key, "own 5", source=5, score=1.0)])
     assert texts(found, key) == ["own 5", "own 4"]
     assert instead(key) == ["other 2", "other 1"], "places 5 and 4"
-    found.commit(3, [tip(key, "own 6", source=6, score=1.0)])
     few = memory([tip(key, "a", source=1), tip(key, "b", source=2), tip(far, "c", scope="o")], k=2)
     assert [shown.text for shown in few.retrieve("s", key, instead="o").tips] == ["c"], "no entry twice"
     three = memory(

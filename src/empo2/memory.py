@@ -90,9 +90,7 @@ class TipMemory:
         similarities = store.cosines(entries.keys, query)
         candidates = np.flatnonzero(similarities > self._threshold)
         found = [
-            (int(index), float(similarities[index]))
-            for index in candidates
-            if self._min_score is None or entries.tips[index].score >= self._min_score
+            (int(index), float(similarities[index])) for index in candidates if self._may_be_shown(entries.tips[index])
         ]
         by_score = self._rank == "score"
         found.sort(key=lambda hit: (entries.tips[hit[0]].score if by_score else hit[1], hit[0]), reverse=True)
@@ -109,9 +107,12 @@ class TipMemory:
             taken = self._replaced(places, instead)
         return Retrieval(tips=tuple(taken), candidates=len(candidates), entries=len(entries.ids))
 
+    def _may_be_shown(self, tip: Tip) -> bool:
+        return self._min_score is None or tip.score >= self._min_score
+
     def _replaced(self, places: Sequence[int], scope: str) -> list[Tip]:
         """For each place (oldest entry: 0) what another scope has there, counted round; the next one if it is taken."""
-        others = [tip for tip in self._load(scope).tips if self._min_score is None or tip.score >= self._min_score]
+        others = [tip for tip in self._load(scope).tips if self._may_be_shown(tip)]
         chosen: list[int] = []
         for place in places[: len(others)]:
             while place % len(others) in chosen:
