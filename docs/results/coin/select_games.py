@@ -15,7 +15,7 @@ from empo2 import config
 from empo2.envs.textworld_express import TextWorldExpressEnvironment
 from empo2.types import Task
 
-WANTED, EPISODES, SEED = 8, 1000, 1000
+EPISODES, SEED = 1000, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,25 @@ class Rule:
     candidates: range
     walker: tuple[float, float]  #: success of a random walker, from and to
     policy: tuple[float, float]  #: success of the warmed policy, from and to
+    wanted: int  #: games taken, the first ones
 
 
 RULES = {
-    "games": Rule(page="games.md", name="coin-11", candidates=range(100), walker=(0.002, 0.02), policy=(0.002, 0.02)),
+    "games": Rule(
+        page="games.md",
+        name="coin-11",
+        candidates=range(100),
+        walker=(0.002, 0.02),
+        policy=(0.002, 0.02),
+        wanted=8,
+    ),
     "hard": Rule(
-        page="games-hard.md", name="coin-10", candidates=range(1000), walker=(0.002, 0.007), policy=(0.002, 0.006)
+        page="games-hard.md",
+        name="coin-10",
+        candidates=range(1000),
+        walker=(0.002, 0.007),
+        policy=(0.002, 0.006),
+        wanted=4,
     ),
 }
 
@@ -87,6 +100,11 @@ def within(share: float, bounds: tuple[float, float]) -> bool:
     return bounds[0] <= share <= bounds[1]
 
 
+def taken(rule: Rule, measured: dict[int, float]) -> list[int]:
+    """The first games that the rule wants."""
+    return [v for v, share in measured.items() if within(share, rule.policy)][: rule.wanted]
+
+
 def main(which: str = "games") -> None:
     rule = RULES[which]
     page = Path(__file__).parent / rule.page
@@ -97,8 +115,8 @@ def main(which: str = "games") -> None:
     known = measured_before(page)
     measured: dict[int, float] = {}
     for variation in (v for v in rule.candidates if within(walker[v], rule.walker)):
-        if sum(within(share, rule.policy) for share in measured.values()) == WANTED:
-            break
+        if variation not in known and len(taken(rule, measured)) == rule.wanted:
+            continue
         measured[variation] = known[variation] if variation in known else policys_success(rule.name, variation)
         page.write_text(text(rule, which, walker, measured, turns), encoding="utf-8")
         print(f"game {variation}: {measured[variation]:.2%}", flush=True)
@@ -107,7 +125,7 @@ def main(which: str = "games") -> None:
 def text(rule: Rule, which: str, walker: dict[int, float], measured: dict[int, float], turns: int) -> str:
     """The page, as far as it is known."""
     low, high = rule.walker
-    chosen = [v for v, share in measured.items() if within(share, rule.policy)]
+    chosen = taken(rule, measured)
     rows = [
         f"| {v} | {walker[v]:.2%} | {share:.2%} | {'yes' if v in chosen else 'no'} |" for v, share in measured.items()
     ]
@@ -122,7 +140,7 @@ def text(rule: Rule, which: str, walker: dict[int, float], measured: dict[int, f
         f"PROTOCOL.md; command: `{command}`. Success of a uniformly random walker, computed from the "
         f"map, and of the warmed policy, {EPISODES} episodes at temperature 1, seed {SEED}:",
         "| game | random walker | warmed policy | taken |\n|---|---:|---:|---|\n" + "\n".join(rows),
-        f"- not measured{f', as {WANTED} were found' if len(chosen) == WANTED else ' yet'}: "
+        f"- not measured{f', as {rule.wanted} were found' if len(chosen) == rule.wanted else ' yet'}: "
         f"{', '.join(map(str, left)) or 'none'}",
         f"- too easy for a random walker (above {high:.1%}), {len(easier)}"
         + (f": {', '.join(map(str, easier))}" if len(rule.candidates) <= 100 else ""),
