@@ -1,5 +1,7 @@
 """How many houses each arm met (solved at least once in training), and how many it solves without tips, after N steps.
 
+The latter is the score times the number of houses: two houses that are solved half of the time count as one.
+
 python docs/results/small/met.py docs/results/small/locks-kl 60
 """
 
