@@ -186,7 +186,7 @@ def _draw_pair(panel: Any, study: Study, row: _Quantity, task: str, arm: str) ->
         mean = band(drawn)
         panel.plot(mean.xs, mean.mean, color=colour, linewidth=1.8)
     if row.key in LOGARITHMIC:
-        panel.set_yscale("log", nonpositive="clip")
+        _logarithmic(panel)
     panel.set_xlim(left=0)
 
 
@@ -206,8 +206,8 @@ def _draw_row(study: Study, row: _Quantity, panels: Any) -> None:
     top = max(seen)
     positive = [height for height in seen if height > 0]
     if row.key in LOGARITHMIC and positive:
-        panels[0].set_yscale("log", nonpositive="clip")
         panels[0].set_ylim(min(positive) / 1.5, top * 1.5)
+        _logarithmic(panels[0])
     else:
         panels[0].set_ylim(min(seen) * 1.05, top * 1.06 if top > 0 else 1.0)
     _label(panels[-1], colours, ends)
@@ -230,6 +230,17 @@ def _draw_arm(panel: Any, study: Study, row: _Quantity, task: str, arm: str, col
     if found.low and len(finished) >= MIN_SHADED and row.key not in LOGARITHMIC:
         panel.fill_between(found.xs, found.low, found.high, color=colour, alpha=0.14, linewidth=0)
     return [*(every if row.evaluated else []), Curve(found.xs, found.mean)]
+
+
+def _logarithmic(panel: Any) -> None:
+    """A logarithmic y axis over what is in the picture, with few and plain numbers."""
+    from matplotlib import ticker
+
+    panel.set_yscale("log", nonpositive="clip")
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high < 30 * low else (1.0,)))
+    panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _label(panel: Any, colours: dict[str, tuple[str, str]], ends: dict[str, float]) -> None:
