@@ -20,9 +20,9 @@ BLOCK = 10  #: steps
 START: dict[tuple[str, int], float] = {}  # (task, game) → success of the warmed policy
 for page in ("games.md", "games-hard.md"):
     written = Path(__file__).with_name(page).read_text(encoding="utf-8")
-    task = re.search(r"^(coin-\d+), ", written, re.M)
+    (task,) = re.findall(r"^(coin-\d+), ", written, re.M)
     for game, percent in re.findall(r"^\| (\d+) \|.*\| ([\d.]+)% \| yes", written, re.M):
-        START[task[1] if task else "", int(game)] = float(percent) / 100
+        START[task, int(game)] = float(percent) / 100
 met: dict[str, dict[int, list[float]]] = collections.defaultdict(  # arm → ten steps → games met, expected
     lambda: collections.defaultdict(lambda: [0, 0.0])
 )
