@@ -183,6 +183,7 @@ def test_evaluating_changes_nothing_in_the_run(smoke_run: Path):
         (["evaluate", "tiny-random", "--recipe", "smoke", "--eval.num_variations", "0"], ["nothing to evaluate"]),
         (["fetch", "gpt-5"], ["nothing to fetch"]),
         (["envs", "chess"], ["no environment 'chess'"]),
+        (["experiment", "bad.toml"], ["no algorithm 'grop'", "'grpo'"]),
         (["experiment", str(LOCKS), "--report", "--arm", "typo"], ["--report runs nothing", "--arm"]),
         (["experiment", str(LOCKS), "--report", "--jobs", "0"], ["--report runs nothing", "--jobs"]),
     ],
@@ -191,6 +192,10 @@ def test_the_impossible_is_refused_in_one_sentence_with_exit_code_2(arguments, w
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EMPO2_CACHE", str(tmp_path / "cache"))
     (tmp_path / "file").touch()
+    (tmp_path / "bad.toml").write_text(
+        'name = "bad"\nrecipe = "smoke"\ncompare = ["empo2", "other"]\nseeds = [1]\n[settings]\n"eval.every" = 1\n'
+        '[arms.empo2]\n[arms.other]\n"train.algorithm" = "grop"\n'
+    )
     if arguments[0] == "train" and "--run" not in arguments:
         arguments = [*arguments, "--run", str(tmp_path / "run")]
     status = cli.main(arguments)
@@ -251,7 +256,10 @@ def test_envs_lists_tasks_with_their_real_counts(capsys):
     assert "scienceworld: 30 tasks" in printed
     line = next(line for line in printed.splitlines() if " power-component " in line)
     assert line.split()[1:] == ["10:", "0…9", "5:", "10…14", "5:", "15…19"]
-    assert "1000: 10000…10999" in printed, "which seeds of games there are"
+    express = printed.split("textworld-express:")[1].split("\n\n")[0]
+    for size in range(2, 12):
+        line = next(line for line in express.splitlines() if f" coin-{size} " in line)
+        assert line.split()[1:] == ["1000:", "0…999", "1000:", "10000…10999", "1000:", "20000…20999"], "seeds of games"
 
 
 def test_help_names_every_setting(capsys):

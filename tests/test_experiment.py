@@ -114,6 +114,7 @@ def test_tips_are_evaluated_only_where_an_arm_has_them(tmp_path: Path):
         ({"arms__grpo": 3}, ["arms.grpo = 3", "table"]),
         ({"recipe": "smoky"}, ["no recipe 'smoky'", "'smoke'"]),
         ({"recipe": "missing.toml"}, ["no recipe file", "missing.toml"]),
+        ({"seeds": None}, ["no seeds", "a list"]),
         ({"seeds": []}, ["seeds = []", "at least one"]),
         ({"seeds": [1, 2, 1]}, ["seeds", "seed 1 twice"]),
         ({"seeds": [1, -2]}, ["seeds", "-2", "from 0"]),
@@ -126,6 +127,18 @@ def test_tips_are_evaluated_only_where_an_arm_has_them(tmp_path: Path):
         ({"compare": ["empo2"]}, ["compare", "two arms"]),
         ({"compare": "empo2"}, ["compare", "a list"]),
         ({"compare": [["empo2"], "grpo"]}, ["compare", "no arm"]),
+        ({"also_compare": ["empo2", "grpo"]}, ["also_compare = 'empo2'", "two arms"]),
+        ({"also_compare": [["grpo", "gripo"]]}, ["also_compare", "'gripo'", "no arm", "'grpo'"]),
+        ({"also_compare": [["empo2", "grpo"]]}, ["also_compare", "['empo2', 'grpo']", "already"]),
+        ({"also_compare": [["grpo", "empo2"], ["grpo", "empo2"]]}, ["['grpo', 'empo2']", "already"]),
+        (
+            {
+                "also_compare": [["a", "b"]],
+                "arms__a": {"seeds": [11]},
+                "arms__b": {"seeds": [12]},
+            },
+            ["also_compare", "'a' (seeds [11])", "'b' (seeds [12])", "share no seed"],
+        ),
         ({"name": "../../x"}, ["name", "without folders"]),
         ({"tips_temperature": float("inf")}, ["tips_temperature", "no temperature"]),
         ({"ratio_from": float("nan")}, ["ratio_from", "at least 0"]),
@@ -172,6 +185,12 @@ def test_what_cannot_be_run_or_compared_is_refused(tmp_path: Path, changes: dict
         load(tmp_path, **changes)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_further_pairs_may_have_fewer_seeds(tmp_path: Path):
+    planned = load(tmp_path, also_compare=[["grpo", "third"]], arms__third={"modes.p": 0.0, "seeds": [12]})
+    assert planned.also_compare == (("grpo", "third"),)
+    assert load(tmp_path).also_compare == ()
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path):

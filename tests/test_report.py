@@ -417,6 +417,31 @@ def test_the_page_has_everything_and_missing_cells_are_never_zero(tmp_path: Path
         assert (tmp_path / name).stat().st_size > 1000
 
 
+def test_a_further_pair_has_a_verdict_and_budgets_of_its_own(tmp_path: Path):
+    """At equal seconds: the third arm's steps cost twice those of the old one, which had twice as many."""
+    records = [
+        *(make("new", seed, [0.0, 0.5, 0.9]) for seed in (1, 2, 3)),
+        *(make("old", seed, [0.0, 0.1, 0.2, 0.3, 0.4 + seed / 100]) for seed in (1, 2, 3)),
+        *(make("third", seed, [0.0, 0.6, 0.8], seconds=2.0) for seed in (1, 2)),
+    ]
+    made = study(*records, planned=3)
+    made = replace(made, seeds={**made.seeds, "third": (1, 2)}, also_compare=(("third", "old"),))
+    report.write(made, tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    own = page.split("### third and old")[1].split("\n## ")[0]
+    assert own.strip().startswith("At equal episodes (20: 50% of old's training) third scores 0.80 and old 0.20 ")
+    assert "difference 0.60, 95 % interval 0.60 to 0.60, 2 seeds." in own, "2 of the 3 were planned for both"
+    assert "At equal seconds (4): difference 0.39" in own
+    assert "| 4 seconds | 2 | 0.80 | 0.42 | 0.39 " in own
+    assert "2 seconds" in page.split("## Also compared")[0], "the first pair keeps its budget"
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["also"][0]["compare"] == ["third", "old"]
+    assert content["also"][0]["budgets"]["easy"]["seconds"] == 4
+    assert content["also"][0]["differences"][2]["estimate"]["mean"] == pytest.approx(0.8 - 0.415)
+    report.write(replace(made, also_compare=()), tmp_path)
+    assert "Also compared" not in (tmp_path / "results.md").read_text()
+
+
 def test_a_report_of_nothing_is_a_report(tmp_path: Path):
     blank = [replace(make(arm, 1, []), state="not run yet", provenance={}) for arm in ("new", "old")]
     report.write(study(*blank, planned=1), tmp_path)

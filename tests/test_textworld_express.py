@@ -35,6 +35,17 @@ def env() -> Iterator[TextWorldExpressEnvironment]:
     environment.close()
 
 
+def test_a_house_of_ten_rooms_is_not_that_of_eleven_with_the_same_number(env):
+    """Games 114 and 136 of coin-10 are compared, and the warm-up saw games 100 to 999 of coin-11."""
+    for variation in (20, 79, 114, 136):
+        ten, eleven = (env.explore(game(variation, name)) for name in ("coin-10", "coin-11"))
+        assert len(ten[0]) == 10
+        assert len(eleven[0]) == 11
+        alike = [room for room in ten[0] if ten[0][room] == eleven[0].get(room)]
+        assert len(alike) <= 1, "a room with the same exits to the same rooms by chance"
+        assert env.shortest_way(game(variation, "coin-10")) != env.shortest_way(game(variation, "coin-11"))
+
+
 def test_one_episode_in_full(env):
     kitchen = (
         "You are in the kitchen. To the North you see the pantry. To the South you see the bathroom. "

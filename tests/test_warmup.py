@@ -316,6 +316,9 @@ def test_the_whole_command(tmp_path: Path, capsys):
     sizes = [f"{kind}-{rooms}" for kind in ("lock", "maze") for rooms in (2, 4, 6)]
     assert note["games"] == {name: [4, 999, 996] for name in sizes}
     assert note["warmup"]["updates"] == 3
+    assert note["env"]["max_turns"] == 6, "what else decides which walks it saw"
+    assert note["machine"]["cores"] >= 1
+    assert note["threads"] == 1, "weights differ between processors"
     assert note["episodes"] == 16
     assert note["others_with_tips_episodes"] == note["others_without_tips_episodes"] == 8
     assert set(note["scores"]) == {f"lock/lock-4/{variation}" for variation in range(4)}

@@ -1,4 +1,4 @@
-"""The objective, one equation a function. Pure torch; nothing here reads a config.
+"""The objective, one equation a function; `learner.Learner._accumulate` adds them up. Pure torch, no config is read.
 
 ``N`` is the number of completion tokens of one forward pass, laid out flat; every argument and result is [N].
 """
@@ -61,8 +61,8 @@ def divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
 
     What k3 estimates from one token. It does not depend on which token was drawn, nor by whom, and where the policy
     has made a token rare its gradient stays small, while that of k3 grows with π_ref / π_θ. Summed as
-    π_θ (log π_θ − log π_ref) − π_θ + π_ref, so that the gradient is exactly 0 where both agree: Adam would make whole
-    steps of what rounding leaves.
+    π_θ (log π_θ − log π_ref) − π_θ + π_ref, so that the gradient is exactly 0 where both agree: what rounding would
+    leave instead, Adam scales up to whole steps.
     """
     logprobs, reference = torch.log_softmax(logits, dim=-1), torch.log_softmax(reference_logits, dim=-1)
     return (logprobs.exp() * (logprobs - reference - 1) + reference.exp()).sum(-1)

@@ -111,7 +111,10 @@ class TipMemory:
         return self._min_score is None or tip.score >= self._min_score
 
     def _replaced(self, places: Sequence[int], scope: str) -> list[Tip]:
-        """For each place (oldest entry: 0) what another scope has there, counted round; the next one if it is taken."""
+        """For each place (oldest entry: 0) another scope's entry at that place, modulo their number.
+
+        An entry that is taken already is replaced by the next one that is not.
+        """
         others = [tip for tip in self._load(scope).tips if self._may_be_shown(tip)]
         chosen: list[int] = []
         for place in places[: len(others)]:

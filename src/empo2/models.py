@@ -196,7 +196,7 @@ def file_sha256(path: Path) -> str:
 
 def weights_digest(path: str) -> str | None:
     """sha256 of the weights at `model.path` (of several files: of their digests); None where they lie in no folder."""
-    if path == TINY or not (folder := Path(locate(path))).is_dir():
+    if path in (TINY, WORDS) or not (folder := Path(locate(path))).is_dir():
         return None
     digests = [file_sha256(file) for file in sorted(folder.glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

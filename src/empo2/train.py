@@ -1,8 +1,8 @@
 """THE LOOP of EMPO²: read this first.
 
-Each step: draw modes → collect groups → add novelty → advantages → update the weights → remember tips and states →
-publish the weights → record. The tips were written during collection, by the policy that acted. During a step, memory,
-novelty counts and weights are read-only; what the step found becomes visible with the next one.
+Each step: draw modes → collect groups → add novelty → advantages → update the weights → publish them → remember tips
+and states → record. The tips were written during collection, by the policy that acted. Memory, novelty counts and the
+weights that act change between two collections only: what a step found becomes visible with the next one.
 
 Left out on purpose: which ids are trained (sequences.py), the objective (losses.py), what is retrieved (memory.py).
 """
@@ -40,7 +40,7 @@ class Observer(Protocol):
 
 
 def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], bool] = lambda: False) -> Checkpoint:
-    """Train to the recipe's last step, from the run's last checkpoint if it has one; the last checkpoint.
+    """Train to the recipe's last step, from the run's last checkpoint if it has one; returns the last checkpoint.
 
     ``stop`` is asked after each step; where it says True, the step is saved and training ends.
     """

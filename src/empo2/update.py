@@ -74,8 +74,8 @@ def _behavior_logprobs(
 ) -> Logprobs:
     """Denominators under the policy that collected: where the rendering differs, and from the second batch on.
 
-    The first batch is trained with that very policy, so that its ratios are exactly 1 without them. Where there is no
-    advantage the ratio moves nothing, and none is computed.
+    The first batch is trained with that very policy: without a denominator the learner takes its own log-probs, so
+    that the ratio is exactly 1. Where there is no advantage the ratio moves nothing, and none is computed.
     """
     found = learner.logprobs(others)
     later = [

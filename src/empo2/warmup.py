@@ -48,7 +48,7 @@ from empo2.learner import Learner
 from empo2.lessons import Classroom, Lesson, imitate, lessons
 from empo2.lowrank import added, difference
 from empo2.memory import NewTip, scope_of
-from empo2.run import available_cores, code_version
+from empo2.run import available_cores, provenance
 from empo2.types import Task, Tip
 from empo2.walks import failed_walks, walk_to_the_goal
 
@@ -105,16 +105,19 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
         shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
+    ran = provenance(replace(config, model=replace(config.model, path=config.warmup.base)))
     note = {
         "from": config.warmup.base,
+        "from_weights": ran["weights"],
         "warmup": asdict(config.warmup),
+        "env": asdict(config.env),
         "seed": config.train.seed,
         "games": {
             name: [min(used), max(used), len(used)]
             for name in config.warmup.tasks or config.env.tasks
             if (used := [game.variation for game in games if game.name == name])
         },
-        "code": code_version(),
+        **{key: ran[key] for key in ("date", "code", "packages", "machine", "threads")},
         **measured(replace(config, model=replace(config.model, path=str(made)))),
     }
     (made / "warmup.json").write_text(json.dumps(note, indent=1))
@@ -170,8 +173,8 @@ def _kept_to_rank(config: Config, model: Any) -> dict[str, Tensor]:
 
 
 def measured(config: Config) -> dict[str, Any]:
-    """Scores of the recipe's policy at the training temperature: on the recipe's tasks and on unseen ones, and on
-    other games with the tips of a walk to their goal and without.
+    """Scores of the recipe's policy at the training temperature: on the recipe's tasks, and on other games with the
+    tips of a walk to their goal and without.
     """
     config = replace(config, memory=replace(config.memory, show_min_score=None))  # can it read what the recipe hides?
     parts = assemble(config, ":memory:", with_learner=False)

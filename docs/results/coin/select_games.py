@@ -143,7 +143,7 @@ def text(rule: Rule, which: str, walker: dict[int, float], measured: dict[int, f
         f"- not measured{f', as {rule.wanted} were found' if len(chosen) == rule.wanted else ' yet'}: "
         f"{', '.join(map(str, left)) or 'none'}",
         f"- too easy for a random walker (above {high:.1%}), {len(easier)}"
-        + (f": {', '.join(map(str, easier))}" if len(rule.candidates) <= 100 else ""),
+        + (f": {', '.join(map(str, easier))}" if len(rule.candidates) <= 100 else ": all that are not named here"),
         f"- harder than {low:.1%}, {len(harder)}: {', '.join(map(str, harder)) or 'none'}",
         f"- impossible in {turns} turns, {len(impossible)}: {', '.join(map(str, impossible)) or 'none'}",
     ]

@@ -41,6 +41,7 @@ def study(experiment: Experiment, out: Path, results: Path) -> Study:
         name=experiment.name,
         measure=experiment.measure,
         compare=experiment.compare,
+        also_compare=experiment.also_compare,
         ratio_from=experiment.ratio_from,
         tasks=experiment.tasks,
         seeds=experiment.seeds,

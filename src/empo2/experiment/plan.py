@@ -20,6 +20,7 @@ TOP_KEYS: dict[str, tuple[type, Any]] = {
     "name": (str, None),
     "recipe": (str, None),  # a file beside the experiment file, or a shipped recipe's name
     "compare": (list, None),
+    "also_compare": (list, []),  # further pairs of arms, each with a verdict and a table of its own below the first
     "seeds": (list, None),
     "arms": (dict, None),  # a table an arm: settings, and seeds of its own if it has fewer
     "measure": (str, "eval_train_score_mean"),
@@ -77,6 +78,7 @@ class Experiment:
     name: str
     measure: str  #: key of evaluations.jsonl
     compare: tuple[str, str]  #: arms; differences are the first minus the second
+    also_compare: tuple[tuple[str, str], ...]  #: further pairs
     threads: int  #: of the tensor library, a cell
     tips_episodes: int  #: episodes a variation of each evaluation after training
     tips_temperature: float  #: of those evaluations; negative: the recipe's
@@ -111,6 +113,9 @@ def load(path: Path) -> Experiment:
     for kind, names in (("arms", list(arms)), ("tasks", list(tasks))):
         _check_slugs(kind, names)
     compare = _compare(values["compare"], seeds)
+    also = [_pair("also_compare", pair, seeds) for pair in values["also_compare"]]
+    if repeated := [pair for index, pair in enumerate(also) if pair in [compare, *also[:index]]]:
+        raise ConfigError(f"also_compare names {list(repeated[0])}, which is compared already; name each pair once")
     common = _settings("settings", values["settings"])
     recipes = {
         (task, arm): _merged(f"task {task!r}, arm {arm!r}", recipe_values, [*common, *of_task, *of_arm])
@@ -126,6 +131,7 @@ def load(path: Path) -> Experiment:
     return Experiment(
         path=path,
         compare=compare,
+        also_compare=tuple(also),
         tasks=tuple(tasks),
         seeds=seeds,
         cells=tuple(_cells(recipes, seeds, values)),
@@ -219,15 +225,26 @@ def _check_slugs(kind: str, names: Sequence[str]) -> None:
         known[folder] = name
 
 
-def _compare(named: Sequence[Any], seeds: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
-    if len(named) != 2:
-        raise ConfigError(f"compare = {named!r} must name two arms, the first minus the second; set compare")
+def _pair(key: str, named: Any, seeds: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+    """Two arms that share a seed."""
+    if not isinstance(named, list) or len(named) != 2:
+        raise ConfigError(f"{key} = {named!r} must name two arms, the first minus the second; set {key}")
     for arm in named:
         if not isinstance(arm, str) or arm not in seeds:
-            raise ConfigError(f"compare names {arm!r}, which is no arm; {nearest(str(arm), list(seeds))}")
+            raise ConfigError(f"{key} names {arm!r}, which is no arm; {nearest(str(arm), list(seeds))}")
     first, second = named
     if first == second:
-        raise ConfigError(f"compare names {first!r} twice; name two arms")
+        raise ConfigError(f"{key} names {first!r} twice; name two arms")
+    if not set(seeds[first]) & set(seeds[second]):
+        raise ConfigError(
+            f"{key} names {first!r} (seeds {list(seeds[first])}) and {second!r} (seeds {list(seeds[second])}), which "
+            "share no seed, and arms are compared seed by seed; set their seeds"
+        )
+    return first, second
+
+
+def _compare(named: Sequence[Any], seeds: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+    first, second = _pair("compare", named, seeds)
     if set(seeds[first]) != set(seeds[second]):
         raise ConfigError(
             f"the compared arms {first!r} (seeds {list(seeds[first])}) and {second!r} (seeds {list(seeds[second])}) "

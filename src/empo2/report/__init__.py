@@ -21,15 +21,17 @@ def write(study: Study, folder: Path) -> None:
     split = ("eval_train_", "eval_") if study.measure.startswith("eval_train_") else ("eval_", "eval_train_")
     beside = study.measure.replace(*split, 1)
     other = summarize(study, beside) if beside != study.measure and _evaluated(study, beside) else None
+    pairs = [dataclasses.replace(study, compare=pair) for pair in study.also_compare]
+    also = [(pair, summarize(pair, study.measure)) for pair in pairs]
     tips = tips_scores(study)
     places = verdict.digits(summary)
     verdicts, tips_verdicts = verdict.verdict(study, summary), verdict.tips_verdict(tips, places)
     text = tables.page(
-        study, summary, other=other, tips=tips, verdicts=verdicts, tips_verdicts=tips_verdicts, places=places
+        study, summary, also=also, other=other, tips=tips, verdicts=verdicts, tips_verdicts=tips_verdicts, places=places
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text(text, encoding="utf-8")
-    content = _content(study, [summary, *([other] if other else [])], tips, [*verdicts, *tips_verdicts])
+    content = _content(study, [summary, *([other] if other else [])], also, tips, [*verdicts, *tips_verdicts])
     (folder / "results.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     curves.draw_curves(study, folder)
     curves.draw_diagnostics(study, folder)
@@ -41,7 +43,13 @@ def _evaluated(study: Study, measure: str) -> bool:
     return any(measure in line for record in study.records for line in record.evaluations)
 
 
-def _content(study: Study, summaries: list[Summary], tips: tuple[TipsScores, ...], said: list[str]) -> dict[str, Any]:
+def _content(
+    study: Study,
+    summaries: list[Summary],
+    also: list[tuple[Study, Summary]],
+    tips: tuple[TipsScores, ...],
+    said: list[str],
+) -> dict[str, Any]:
     """results.json: everything that results.md says, and the points of the curves."""
     return {
         "name": study.name,
@@ -49,6 +57,15 @@ def _content(study: Study, summaries: list[Summary], tips: tuple[TipsScores, ...
         "compare": list(study.compare),
         "verdict": said,
         "summaries": [dataclasses.asdict(summary) for summary in summaries],
+        "also": [
+            {
+                "compare": list(pair.compare),
+                "verdict": verdict.verdict(pair, found),
+                "budgets": found.budgets,
+                "differences": [dataclasses.asdict(row) for row in (*found.overall, *found.differences)],
+            }
+            for pair, found in also
+        ],
         "tips": [dataclasses.asdict(row) for row in tips],
         "cells": [_cell(record, study.measure) for record in study.records],
     }

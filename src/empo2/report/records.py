@@ -86,6 +86,7 @@ class Study:
     name: str
     measure: str  #: key of evaluations.jsonl
     compare: tuple[str, str]  #: arms; differences are the first minus the second
+    also_compare: tuple[tuple[str, str], ...] = ()  #: further pairs
     ratio_from: float  #: smallest score of the second arm, in the measure's units, for which a ratio is given
     tasks: tuple[str, ...]
     seeds: Mapping[str, tuple[int, ...]]  #: arm → planned seeds, in the file's order

@@ -6,7 +6,7 @@ from typing import Any
 from empo2.report.records import AXES, AXIS_HELP, Record, Study, measure_words
 from empo2.report.statistics import Estimate
 from empo2.report.summary import PLACES, Difference, Summary, TipsScores, Versus
-from empo2.report.verdict import amount, number
+from empo2.report.verdict import amount, number, verdict
 
 NONE = "—"
 
@@ -170,6 +170,15 @@ def _machine(noted: Mapping[str, Any]) -> str:
     return ", ".join([*filter(None, [noted.get("gpu")]), noted["processor"], f"{noted['cores']} cores"])
 
 
+def _also(study: Study, summary: Summary, places: int) -> list[str]:
+    """One more pair of arms, at its own equal budgets."""
+    return [
+        f"### {study.compare[0]} and {study.compare[1]}",
+        *verdict(study, summary),
+        *([differences_table(study, summary, places)] if summary.differences else []),
+    ]
+
+
 def _split(summary: Summary) -> str:
     return "Trained" if summary.measure.startswith("eval_train_") else "Unseen"
 
@@ -195,13 +204,17 @@ def page(
     study: Study,
     summary: Summary,
     *,
+    also: Sequence[tuple[Study, Summary]],
     other: Summary | None,
     tips: Sequence[TipsScores],
     verdicts: Sequence[str],
     tips_verdicts: Sequence[str],
     places: int,
 ) -> str:
-    """results.md: the verdict, tables, figures, how to repeat it. ``other``: the same measure on the other split."""
+    """results.md: the verdict, tables, figures, how to repeat it.
+
+    ``also``: the study with each further pair as the compared one; ``other``: the same measure on the other split.
+    """
     finished = sum(record.state == "finished" for record in study.records)
     missing = missing_table(study.records)
     parts = [
@@ -225,6 +238,8 @@ def page(
             if len(study.arms) > 2 and summary.versus
             else []
         ),
+        *(["## Also compared"] if also else []),
+        *(part for pair, found in also for part in _also(pair, found, places)),
         *(["## Missing cells", missing] if missing else []),
         *([f"## {_split(other)}", f"`{other.measure}`", arms_table(study, other, places)] if other else []),
         *(["## After training", _asked(study), tips_table(tips, places), *tips_verdicts] if tips else []),

@@ -97,7 +97,8 @@ def _scores(study: Study, where: str, found: Difference, places: int) -> str:
 
 
 def _seeds(study: Study, finished: int) -> str:
-    planned = len(study.seeds[study.compare[0]])
+    first, second = study.compare
+    planned = len(set(study.seeds[first]) & set(study.seeds[second]))
     seeds = "seed" if planned == 1 else "seeds"
     return f"{finished} {seeds}" if finished == planned else f"{finished} of {planned} {seeds}"
 
