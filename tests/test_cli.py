@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from empo2 import cli
+from empo2.cli import evaluate as evaluate_command
 
 LOCKS = Path(__file__).parents[1] / "docs/results/small/locks.toml"
 
@@ -103,6 +104,14 @@ def test_evaluating_a_run_with_and_without_its_memory(smoke_run: Path):
     assert table.returncode == 0, table.stderr
     row = next(line for line in table.stdout.splitlines() if "toy/coin-3/80" in line)
     assert row.split("│")[-2].strip() == "0", "the scope of an unseen variation holds no tips"
+
+
+def test_a_rare_success_is_not_printed_as_zero(capsys):
+    numbers = {"episodes": 64, "score_mean": 0.016, "success_rate": 0.016, "valid_action_rate": 1.0, "turns_mean": 5.0}
+    result = {"memory": "none", "split": "train", "tasks": [{"task": "coin-11/9", **numbers}], **numbers}
+    evaluate_command.print_evaluation(result, as_json=False)
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-2].split("│")]
+    assert cells[3:5] == ["0.02", "1.6"]
 
 
 def test_evaluation_with_memory_shows_the_tips_that_the_checkpoint_knew(smoke_run: Path, tmp_path: Path):

@@ -62,7 +62,7 @@ def execute(parsed: argparse.Namespace) -> int:
         )
     finally:
         parts.close()
-    _print_evaluation({"model": recipe.model.path, **result}, as_json=parsed.json)
+    print_evaluation({"model": recipe.model.path, **result}, as_json=parsed.json)
     return 0
 
 
@@ -94,12 +94,14 @@ def _positive(flag: str, value: int | None) -> None:
         raise UsageError(f"{flag} must be at least 1, got {value}")
 
 
-def _print_evaluation(result: dict[str, Any], *, as_json: bool) -> None:
+def print_evaluation(result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
     from rich.console import Console
     from rich.table import Table
+
+    from empo2.display import score
 
     memory = f"with the run's memory ({result['memory_entries']} entries)" if result["memory"] == "run" else "no memory"
     table = Table(title=f"{result['split']} split, {memory}", title_justify="left")
@@ -109,10 +111,10 @@ def _print_evaluation(result: dict[str, Any], *, as_json: bool) -> None:
         table.add_column(column, justify="right")
     for row in [*result["tasks"], {"task": "mean", **result}]:
         rates = [
-            f"{row['success_rate'] * 100:.0f}",
+            f"{row['success_rate'] * 100:.1f}",
             f"{row['valid_action_rate'] * 100:.0f}",
             f"{row['turns_mean']:.1f}",
         ]
         tips = [str(row["memory_entries"])] if with_memory else []
-        table.add_row(row["task"], str(row["episodes"]), f"{row['score_mean']:.1f}", *rates, *tips)
+        table.add_row(row["task"], str(row["episodes"]), score(row["score_mean"]), *rates, *tips)
     Console().print(table)
