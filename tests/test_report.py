@@ -499,6 +499,8 @@ def test_more_arms_than_can_be_told_apart_have_a_row_each(tmp_path: Path):
     assert study(*few).apart == ()
     assert study(*many).apart == ("arm 0", "arm 1", "arm 2")
     assert list(curves._colours(study(*many))) == ["new", "old"]
+    pairs = replace(study(*many), also_compare=(("new", "arm 2"), ("arm 1", "old"), ("arm 0", "old")))
+    assert (pairs.together, pairs.apart) == (("new", "old", "arm 2", "arm 1"), ("arm 0",))
     for name, records in (("few", few), ("many", many)):
         report.write(study(*records, *pair([0.6], [0.2])), tmp_path / name)
         page = (tmp_path / name / "results.md").read_text()

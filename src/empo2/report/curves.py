@@ -2,7 +2,7 @@
 
 One column a task. An arm keeps its colour everywhere: a thick line is the mean over finished seeds, the shade its 95 %
 interval (t; from three seeds on, that of two would fill the picture), thin lines are seeds. Where there are more arms
-than can be told apart, `curves` and `diagnostics` show the compared ones, and `arms` has a row for each of the others,
+than can be told apart, `curves` and `diagnostics` show the compared pairs, and `arms` has a row for each of the others,
 beside the first compared arm on the same seeds. The same study gives the same bytes on the same version of matplotlib.
 """
 
@@ -132,8 +132,7 @@ class _Quantity:
 
 def _colours(study: Study) -> dict[str, tuple[str, str]]:
     """Arms that are drawn together → colour and dash; the compared arms first."""
-    arms = [*study.compare, *(arm for arm in study.arms if arm not in {*study.compare, *study.apart})]
-    return {arm: (PALETTE[index], DASHES[index]) for index, arm in enumerate(arms)}  # records.MAX_TOGETHER of them
+    return {arm: (PALETTE[index], DASHES[index]) for index, arm in enumerate(study.together)}  # MAX_TOGETHER of them
 
 
 @contextlib.contextmanager

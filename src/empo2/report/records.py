@@ -101,9 +101,16 @@ class Study:
         return tuple(self.seeds)
 
     @property
+    def together(self) -> tuple[str, ...]:
+        """The arms of one panel, the compared ones first: all that can be told apart, of more those of the pairs."""
+        named = dict.fromkeys(arm for pair in (self.compare, *self.also_compare) for arm in pair)
+        few = len(self.arms) <= MAX_TOGETHER
+        return tuple(dict.fromkeys((*named, *(self.arms if few else ()))))[:MAX_TOGETHER]
+
+    @property
     def apart(self) -> tuple[str, ...]:
-        """The arms with figures of their own: those that are not compared, where all are too many for one panel."""
-        return tuple(arm for arm in self.arms if arm not in self.compare) if len(self.arms) > MAX_TOGETHER else ()
+        """The arms with figures of their own."""
+        return tuple(arm for arm in self.arms if arm not in self.together)
 
     def finished(self, task: str, arm: str) -> dict[int, Record]:
         """Seed → record of the finished cells."""
