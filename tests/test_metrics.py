@@ -192,11 +192,20 @@ def test_faults_are_those_of_the_step():
 
 def test_time_metrics_add_up():
     counters = CollectCounters(action_tokens=30, tip_tokens=12, tip_seconds=2.0, environment_seconds=0.5)
-    found = metrics.of_time(counters, collect=10.0, remember=1.0, train=5.0, total=18.0)
+    found = metrics.of_time(counters, {"collect": 10.0, "remember": 1.0, "train": 5.0, "other": 2.0})
     assert found["tokens_sampled"] == 42
     parts = {name: found[f"seconds_{name}"] for name in ("collect", "tips", "train", "other")}
     assert parts == {"collect": 8.0, "tips": 3.0, "train": 5.0, "other": 2.0}
     assert sum(parts.values()) == found["seconds_total"] == 18.0
+
+
+def test_a_stopwatch_gives_each_lap_to_the_part_named_at_its_end(monkeypatch: pytest.MonkeyPatch):
+    times = iter([1.0, 3.0, 3.5, 7.5])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    watch = metrics.Stopwatch()
+    for part in ("collect", "other", "collect"):
+        watch.lap(part)
+    assert watch.seconds == {"collect": 6.0, "other": 0.5}
 
 
 def test_infinity_is_written_as_text():

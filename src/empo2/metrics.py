@@ -1,7 +1,9 @@
-"""What a step says about itself: one flat dict of numbers; None where there was nothing to measure. Pure."""
+"""What a step says about itself: one flat dict of numbers; None where there was nothing to measure."""
 
+import collections
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from empo2.advantages import novelty_share
@@ -133,22 +135,33 @@ def of_faults(counters: PoolCounters, before: PoolCounters) -> dict[str, float]:
     }
 
 
-def of_time(
-    counters: CollectCounters, *, collect: float, remember: float, train: float, total: float
-) -> dict[str, float]:
-    """Seconds and sampled tokens.
+class Stopwatch:
+    """Seconds of the parts of a step: each lap is added to the part that is named at its end."""
 
-    Tips: writing them, and embedding and storing them and the states (``remember``). Other: novelty, advantages,
+    def __init__(self) -> None:
+        self.seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+
+def of_time(counters: CollectCounters, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds and sampled tokens; ``seconds``: of "collect", "train", "remember" and "other", a whole step together.
+
+    Tips: writing them, and embedding and storing them and the states ("remember"). Other: novelty, advantages,
     handing the weights to the sampler, writing trajectories.
     """
     return {
         "tokens_sampled": counters.action_tokens + counters.tip_tokens,
-        "seconds_collect": collect - counters.tip_seconds,
-        "seconds_tips": counters.tip_seconds + remember,
-        "seconds_train": train,
-        "seconds_other": total - collect - remember - train,
+        "seconds_collect": seconds["collect"] - counters.tip_seconds,
+        "seconds_tips": counters.tip_seconds + seconds["remember"],
+        "seconds_train": seconds["train"],
+        "seconds_other": seconds["other"],
         "seconds_environments": counters.environment_seconds,
-        "seconds_total": total,
+        "seconds_total": sum(seconds.values()),
     }
 
 

@@ -8,7 +8,6 @@ Left out on purpose: which ids are trained (sequences.py), the objective (losses
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -46,30 +45,30 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
     """
     config, learner = parts.config, parts.learner
     assert learner is not None
-    choice = algorithm(config)
+    advantages_of = algorithm(config).advantages
     step, version = resume(parts, run)
     if step == 0:
         record_evaluation(parts, run, observer, 0)
     ending = step == config.train.steps
     while not ending:
         step += 1
-        started = time.perf_counter()
+        watch = metrics.Stopwatch()
         faults = replace(parts.pool.counters)
         groups = collect_groups(parts, step)
-        collected = time.perf_counter()
+        watch.lap("collect")
         groups = add_novelty(parts, groups)
         returns = [returns_of(group, config) for group in groups]
-        advantages = [choice.advantages(group, config) for group in groups]
-        judged = time.perf_counter()
+        advantages = [advantages_of(group, config) for group in groups]
+        watch.lap("other")
         update = update_policy(learner, groups, advantages, config, step)
-        updated = time.perf_counter()
+        watch.lap("train")
         version += 1
         parts.collector.sampler.load_weights(learner.weights(), version)
-        published = time.perf_counter()
+        watch.lap("other")
         remember(parts, groups, step)
-        remembered = time.perf_counter()
+        watch.lap("remember")
         run.write_trajectories(step, groups, returns, advantages, parts.tokenizer.decode)
-        ended = time.perf_counter()
+        watch.lap("other")
         result = {
             "step": step,
             "policy_version": version,
@@ -78,13 +77,7 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
             "memory_entries": parts.memory.size(),
             **metrics.of_update(update),
             **metrics.of_faults(parts.pool.counters, faults),
-            **metrics.of_time(
-                parts.collector.counters,
-                collect=collected - started,
-                remember=remembered - published,
-                train=updated - judged,
-                total=ended - started,
-            ),
+            **metrics.of_time(parts.collector.counters, watch.seconds),
         }
         if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
             result |= record_evaluation(parts, run, observer, step)

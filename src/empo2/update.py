@@ -34,7 +34,7 @@ def update_policy(
     loss = config.loss
     zero = skipped = 0
     trained: list[TrainingSequence] = []
-    others: list[TrainingSequence] = []  # renderings of the denominator that are not the trained ones
+    denominators: list[TrainingSequence] = []  # renderings of the ratio's denominator that are not the trained ones
     for group, values in zip(groups, advantages, strict=True):
         signal = has_signal(values, config.advantage.skip_below)
         zero += not signal
@@ -43,22 +43,22 @@ def update_policy(
             skipped += 1
             continue
         for trajectory, turn_values in zip(group.trajectories, values, strict=True):
-            own = sequences.trained(
+            target = sequences.trained(
                 trajectory,
                 turn_values if signal else (0.0,) * len(turn_values),
                 masked_modes=MASKED_MODES[loss.mask_modes],
                 held=held,
             )
-            sampled = sequences.behavior(trajectory, off_policy_ratio=loss.off_policy_ratio)
-            trained += own
-            if _has_advantage(own) and [s.token_ids for s in own] != [s.token_ids for s in sampled]:
-                others += sampled
+            denominator = sequences.behavior(trajectory, off_policy_ratio=loss.off_policy_ratio)
+            trained += target
+            if _has_advantage(target) and [s.token_ids for s in target] != [s.token_ids for s in denominator]:
+                denominators += denominator
     order = streams.shuffled(trained, config.train.seed, "mini-batch", step)
     size = config.learner.mini_batch or max(len(order), 1)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    learner.prepare([*order, *others])
+    learner.prepare([*order, *denominators])
     computed_before = learner.tokens_computed
-    behavior = _behavior_logprobs(learner, batches, others)
+    behavior = _behavior_logprobs(learner, batches, denominators)
     num_computed = learner.tokens_computed - computed_before
     lr = learning_rate(config.learner, step - 1, config.train.steps)
     return StepUpdate(
@@ -70,14 +70,14 @@ def update_policy(
 
 
 def _behavior_logprobs(
-    learner: Learner, batches: Sequence[Sequence[TrainingSequence]], others: Sequence[TrainingSequence]
+    learner: Learner, batches: Sequence[Sequence[TrainingSequence]], denominators: Sequence[TrainingSequence]
 ) -> Logprobs:
     """Denominators under the policy that collected: where the rendering differs, and from the second batch on.
 
     The first batch is trained with that very policy: without a denominator the learner takes its own log-probs, so
     that the ratio is exactly 1. Where there is no advantage the ratio moves nothing, and none is computed.
     """
-    found = learner.logprobs(others)
+    found = learner.logprobs(denominators)
     later = [
         sequence
         for batch in batches[1:]
