@@ -262,6 +262,12 @@ if does == "waits":
     time.sleep(0.3)
     (here / f"interrupts-{seed}").write_text(str(len(stopped)))
     sys.exit(130)
+if does == "ends when the page says":
+    page, until = run.parents[3] / "results" / "results.md", time.monotonic() + 60
+    while not page.exists() or behaviour["page"] not in page.read_text():
+        if time.monotonic() > until:
+            sys.exit("empo2: no such page")
+        time.sleep(0.01)
 lines = [{"step": s, "num_episodes": 18, "tokens_sampled": 10, "tokens_computed": 20, "seconds_total": 1.5,
           "updates": 1, "entropy": 1.0, "grad_norm": 1.0, "distinct_states": s,
           "valid_action_rate": 0.5, "success_rate": 0.1}
@@ -347,6 +353,14 @@ def test_the_report_is_made_while_cells_run(tmp_path: Path, stub: Stub, monkeypa
 
     assert experiment.run(load(tmp_path), tmp_path / "out", tmp_path / "results", 1, None, hear) == 0
     assert finished, "a report before the last cell's end"
+
+
+def test_a_cell_that_ends_right_after_a_report_is_in_the_next_without_another_end(
+    tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cells, "REPORT_EVERY_S", 2.0)
+    stub.behaves(**{"grpo 12": "ends when the page says", "page": "3 of 4 cells are finished"})
+    assert run(load(tmp_path), tmp_path)[0] == 0
 
 
 def test_a_report_that_fails_while_cells_run_does_not_end_them(

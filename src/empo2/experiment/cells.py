@@ -41,7 +41,7 @@ TIPS = {
 }
 ATTEMPTS = 2
 LOG_LINES = 5  #: of a failed cell that are kept
-REPORT_EVERY_S = 300.0  #: while cells run, when one has ended
+REPORT_EVERY_S = 300.0  #: while cells run, when one has ended since the last
 
 Say = Callable[[str], None]
 
@@ -173,16 +173,17 @@ def _run_cells(
     with ThreadPoolExecutor(jobs) as pool, _interrupts() as asked:
         futures = {pool.submit(run_cell, experiment, cell, out / cell.place, children): cell for cell in todo}
         try:
-            reported = time.monotonic()
+            reported, num_reported = time.monotonic(), 0
             pending: set[Future[str]] = set(futures)
             while pending:
                 ended, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
                 for future in sorted(ended, key=lambda f: todo.index(futures[f])):
                     states.append(future.result())
                     _tell(futures[future], out, states, len(todo), say)
-                if ended and pending and time.monotonic() - reported >= REPORT_EVERY_S:
+                is_due = len(states) > num_reported and time.monotonic() - reported >= REPORT_EVERY_S
+                if is_due and pending:
                     report_so_far()
-                    reported = time.monotonic()
+                    reported, num_reported = time.monotonic(), len(states)
                 while children.interrupts < len(asked):
                     if not children.interrupts:
                         say("stopping: the steps under way are finished and saved first (once more: end at once)")
