@@ -1,0 +1,74 @@
+"""What becomes of a first success: for each arm, how many games were met (solved once in training, by any episode), how
+many of those were not solved again in the next five steps, and how many were mastered, and when: the first step at
+which half of the tip-free episodes of the last three steps solved it. From the trajectories of runs of equal length.
+
+python docs/results/coin/first_success.py 60 runs/coin-hard/coin/*/seed-36 …
+"""
+
+import collections
+import gzip
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from empo2.report.tables import table
+
+AGAIN, WINDOW = 5, 3  #: steps
+
+Solved = dict[int, list[tuple[bool, bool]]]  # step → (tip-free, success) of each episode of a game
+
+
+def games(run: Path, last: int) -> dict[int, Solved]:
+    """By game."""
+    found: dict[int, Solved] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for step in range(1, last + 1):
+        with gzip.open(run / "trajectories" / f"step_{step:06d}.jsonl.gz", "rt", encoding="utf-8") as file:
+            for episode in map(json.loads, file):
+                shown = episode["mode"] != "plain" and any(turn["tips"] for turn in episode["turns"])
+                found[episode["task"]["variation"]][step].append((not shown, episode["success"]))
+    return found
+
+
+def first_success(solved: Solved) -> int | None:
+    return next((step for step in sorted(solved) if any(success for _, success in solved[step])), None)
+
+
+def mastered(solved: Solved) -> int | None:
+    for step in sorted(solved):
+        window = [success for s in range(step - WINDOW + 1, step + 1) for free, success in solved.get(s, []) if free]
+        if window and sum(window) >= len(window) / 2:
+            return step
+    return None
+
+
+def main(last: int, runs: list[Path]) -> None:
+    arms: dict[str, list[Solved]] = collections.defaultdict(list)
+    for run in runs:
+        arms[run.parent.name].extend(games(run, last).values())
+    rows = []
+    for arm, of_game in arms.items():
+        firsts = [(first, solved) for solved in of_game if (first := first_success(solved)) is not None]
+        judged = [(first, solved) for first, solved in firsts if first + AGAIN <= last]
+        lost = sum(
+            not any(success for s in range(first + 1, first + AGAIN + 1) for _, success in solved[s])
+            for first, solved in judged
+        )
+        waits = [at - first for first, solved in firsts if (at := mastered(solved)) is not None]
+        quartiles = statistics.quantiles(waits, n=4) if len(waits) > 1 else []
+        rows.append(
+            [
+                arm,
+                str(len(of_game)),
+                str(len(firsts)),
+                f"{statistics.median(first for first, _ in firsts):.0f}" if firsts else "—",
+                f"{lost} of {len(judged)}",
+                str(len(waits)),
+                " ".join(f"{quartile:.0f}" for quartile in quartiles) or "—",
+            ]
+        )
+    head = ["arm", "games", "met", "at step (median)", f"not solved again in {AGAIN} steps", "mastered"]
+    print(table([*head, "steps from the first success (quartiles)"], rows, left=1))
+
+
+main(int(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
