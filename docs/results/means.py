@@ -1,7 +1,9 @@
-"""A key of metrics.jsonl, averaged over a range of training steps: mean and 95 % interval over seeds, by task and arm,
-and an arm minus each other one, paired by seed.
+"""A key of metrics.jsonl averaged over a range of training steps, or one of evaluations.jsonl (`eval_…`) over those of
+the range: mean and 95 % interval over seeds, by task and arm, and an arm minus each other one, paired by seed; of all
+finished seeds, or of those from one number to another.
 
 python docs/results/means.py docs/results/small/removals entropy_sampled 5 20 empo2
+python docs/results/means.py docs/results/coin/hard eval_train_score_mean 30 30 empo2 38 43
 """
 
 import gzip
@@ -13,29 +15,39 @@ from empo2.report.statistics import mean_interval
 from empo2.report.tables import table, with_interval
 
 folder, key, first, last, reference = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+lowest, highest = map(int, sys.argv[6:8]) if len(sys.argv) > 6 else (0, sys.maxsize)
 
 
-def mean(metrics: Path) -> float:
-    with gzip.open(metrics, "rt", encoding="utf-8") as file:
-        lines = [line for line in map(json.loads, file) if first <= line["step"] <= last]
-    values = [float(line[key]) for line in lines if line.get(key) is not None and line["updates"]]
+def mean(cell: Path) -> float:
+    if key.startswith("eval_"):
+        text = (cell / "evaluations.jsonl").read_text(encoding="utf-8")
+    else:
+        text = gzip.decompress((cell / "metrics.jsonl.gz").read_bytes()).decode("utf-8")
+    lines = [line for line in map(json.loads, text.splitlines()) if first <= line["step"] <= last]
+    values = [float(line[key]) for line in lines if line.get(key) is not None and line.get("updates", True)]
     return sum(values) / len(values)
 
 
+def seed(cell: Path) -> int:
+    return int(cell.name.removeprefix("seed-"))
+
+
 found = {
-    (arm.parent.name, arm.name): {seed.parent.name: mean(seed) for seed in sorted(arm.glob("seed-*/metrics.jsonl.gz"))}
+    (arm.parent.name, arm.name): {
+        seed(cell): mean(cell) for cell in arm.glob("seed-*") if lowest <= seed(cell) <= highest
+    }
     for arm in sorted((folder / "cells").glob("*/*"))
 }
 rows = []
 for (task, arm), means in found.items():
     other = found[task, reference]
-    paired = [other[seed] - means[seed] for seed in means if seed in other and arm != reference]
+    paired = [other[number] - means[number] for number in means if number in other and arm != reference]
     rows.append(
         [
             task,
             arm,
             str(len(means)),
-            with_interval(mean_interval(list(means.values())), 3),
+            with_interval(mean_interval(list(means.values())) if means else None, 3),
             with_interval(mean_interval(paired) if paired else None, 3),
         ]
     )
