@@ -26,7 +26,7 @@ from empo2.report.statistics import (
     t_quantile,
     value_at,
 )
-from empo2.report.summary import summarize, tips_scores
+from empo2.report.summary import EARLIER, summarize, tips_scores
 
 TABLE = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 29: 2.0452, 120: 1.9799}
 """Two-sided 95 % points of Student's t, from a printed table."""
@@ -216,6 +216,31 @@ def test_an_early_budget_is_told_with_how_early_it_is():
     assert "At equal episodes (20) " in said
 
 
+def test_an_advantage_that_was_the_other_way_earlier_is_told():
+    """At 4 of 10 seconds new has just begun to learn (0.0), old has learnt all it will (0.5): new − old is −0.5."""
+    records = [make("new", seed, [0.0, 0.0, 0.0, 0.0, 0.4, 0.9], seconds=2.0) for seed in (1, 2, 3)]
+    records += [make("old", seed, [0.0, 0.5, 0.5, 0.5, 0.5 + seed / 100], seconds=2.5) for seed in (1, 2, 3)]
+    made = study(*records, planned=3)
+    found = summarize(made, MEASURE)
+    earlier = {(row.place, row.part): row for row in found.earlier}
+    assert list(earlier) == [(axis, part) for axis in ("episodes", "tokens", "seconds") for part in EARLIER]
+    assert all(row.budget == pytest.approx(part * 10) for (_, part), row in earlier.items() if row.place == "seconds")
+    assert [earlier["seconds", part].estimate.mean for part in EARLIER] == pytest.approx([-0.4, -0.5, -0.5, -0.104])
+    text = verdict.verdict(made, found)[0]
+    assert "At equal seconds (10): difference 0.38, 0.36 to 0.40. **Earlier the other way**: at 20% of those seconds " \
+        "-0.40, -0.40 to -0.40; at 40% of those seconds -0.50, -0.50 to -0.50; at 60%" in text  # fmt: skip
+    rows = tables.earlier_table(made, found, 2).splitlines()
+    assert rows[0] == "| after | new | old | difference, 95 % (t, paired) |"
+    assert "| 40% of the seconds (4) | 0.00 | 0.50 | -0.50 [-0.50, -0.50] |" in rows
+    assert "| 100% of the seconds (10) | 0.90 | 0.52 | 0.38 [0.36, 0.40] |" in rows
+    assert len(rows) == 2 + 3 * 5
+
+
+def test_an_advantage_that_was_there_all_along_needs_no_such_words():
+    made = study(*pair([0.6, 0.64], [0.2, 0.24]))
+    assert "Earlier" not in verdict.verdict(made, summarize(made, MEASURE))[0]
+
+
 def test_one_arm_alone_sets_no_budget():
     made = study(make("old", 1, [0.0, 0.5, 0.9]), make("other", 1, [0.0, 0.2]))
     found = {row.arm: row for row in summarize(made, MEASURE).arms}
@@ -364,6 +389,23 @@ def test_several_tasks_have_a_verdict_each_and_one_for_all():
     only_easy = said(*pair([0.6, 0.62], [0.2, 0.22]), tasks=tasks)
     assert "No seed is finished in all tasks" in only_easy
     assert "**hard.** No seed is finished" in only_easy
+
+
+def test_over_all_tasks_the_way_there_is_told_too():
+    tasks = ("easy", "hard")
+    records = [
+        make(arm, seed, scores, task=task)
+        for arm, scores in (("new", [0.0, 0.0, 0.0, 0.0, 0.0, 0.8]), ("old", [0.0, 0.4, 0.4, 0.4, 0.4, 0.4]))
+        for task in tasks
+        for seed in (1, 2)
+    ]
+    made = study(*records, tasks=tasks)
+    found = summarize(made, MEASURE)
+    assert [row.estimate.mean for row in found.earlier if not row.task] == pytest.approx([-0.4] * 12)
+    assert "**Earlier the other way**: at 20% of those episodes -0.40" in verdict.verdict(made, found)[0]
+    assert "| all tasks | 20% of the episodes | 0.00 | 0.40 | -0.40 [-0.40, -0.40] |" in tables.earlier_table(
+        made, found, 2
+    )
 
 
 def test_own_tips_must_beat_both():

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from empo2.metrics import OF_UPDATES
 from empo2.report.statistics import mean_interval
 from empo2.report.tables import table, with_interval
 
@@ -18,14 +19,17 @@ folder, key, first, last, reference = Path(sys.argv[1]), sys.argv[2], int(sys.ar
 lowest, highest = map(int, sys.argv[6:8]) if len(sys.argv) > 6 else (0, sys.maxsize)
 
 
-def mean(cell: Path) -> float:
+def mean(cell: Path) -> float | None:
+    """None: trained or evaluated at none of these steps."""
     if key.startswith("eval_"):
         text = (cell / "evaluations.jsonl").read_text(encoding="utf-8")
     else:
         text = gzip.decompress((cell / "metrics.jsonl.gz").read_bytes()).decode("utf-8")
     lines = [line for line in map(json.loads, text.splitlines()) if first <= line["step"] <= last]
-    values = [float(line[key]) for line in lines if line.get(key) is not None and line.get("updates", True)]
-    return sum(values) / len(values)
+    if key in OF_UPDATES:  # older runs noted zeros where nothing was trained
+        lines = [line for line in lines if line["updates"]]
+    values = [float(line[key]) for line in lines if line.get(key) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def seed(cell: Path) -> int:
@@ -34,7 +38,9 @@ def seed(cell: Path) -> int:
 
 found = {
     (arm.parent.name, arm.name): {
-        seed(cell): mean(cell) for cell in arm.glob("seed-*") if lowest <= seed(cell) <= highest
+        seed(cell): value
+        for cell in arm.glob("seed-*")
+        if lowest <= seed(cell) <= highest and (value := mean(cell)) is not None
     }
     for arm in sorted((folder / "cells").glob("*/*"))
 }

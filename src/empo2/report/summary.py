@@ -1,9 +1,11 @@
 """A study → the figures that are reported: scores at equal budgets, differences, tips. Pure.
 
 A budget is the largest that all finished cells of the two compared arms reached, task by task. The score there is read
-from the line between evaluations. What is called final is the last evaluation's, never the best.
+from the line between evaluations; the compared arms are also read at fifths of it, as one budget may show what no
+other does. What is called final is the last evaluation's, never the best.
 """
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from empo2.report.statistics import Estimate, bootstrap_interval, common_reach, 
 Place = Literal["episodes", "tokens", "seconds", "final"]
 
 PLACES: tuple[Place, ...] = (*AXES, "final")
+
+EARLIER = (0.2, 0.4, 0.6, 0.8)  #: parts of a budget at which the compared arms are read as well
 
 Budgets = Mapping[str, Mapping[Axis, float]]  #: task → axis → budget; nothing where no compared cell is finished
 
@@ -45,6 +49,7 @@ class Difference:
     estimate: Estimate
     bootstrap: tuple[float, float] | None
     ratio: float | None
+    part: float = 1.0  #: of the budget; less: on the way there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,26 +88,25 @@ class Summary:
     arms: tuple[ArmScores, ...]
     differences: tuple[Difference, ...]
     overall: tuple[Difference, ...]  #: over all tasks; empty for a single task
+    earlier: tuple[Difference, ...]  #: the same (over all tasks first) at parts of the budgets, axis by axis
     versus: tuple[Versus, ...]  #: the first compared arm against every other one
 
 
 def summarize(study: Study, measure: str) -> Summary:
     """The figures of one measure; cells that are not finished or never evaluated it take no part."""
     budgets = {task: _budgets(study, task) for task in study.tasks}
-    paired = {task: _paired(study, task, measure, budgets[task]) for task in study.tasks}
-    rows = [_arm_scores(study, task, arm, measure, budgets[task]) for task in study.tasks for arm in study.arms]
-    differences = [
-        _difference(study, task, place, pairs, budgets[task])
-        for task, places in paired.items()
-        for place, pairs in places.items()
-        if pairs
+    differences = _differences(study, measure, budgets, PLACES)
+    earlier = [
+        row for axis in AXES for part in EARLIER for row in _differences(study, measure, budgets, (axis,), part=part)
     ]
+    rows = [_arm_scores(study, task, arm, measure, budgets[task]) for task in study.tasks for arm in study.arms]
     return Summary(
         measure=measure,
         budgets=budgets,
         arms=tuple(rows),
-        differences=tuple(differences),
-        overall=tuple(_overall(study, paired)) if len(study.tasks) > 1 else (),
+        differences=tuple(row for row in differences if row.task),
+        overall=tuple(row for row in differences if not row.task),
+        earlier=tuple(earlier),
         versus=tuple(_versus(study, measure, budgets)),
     )
 
@@ -154,8 +158,23 @@ def _arm_scores(study: Study, task: str, arm: str, measure: str, budgets: Mappin
 Pairs = dict[int, tuple[float, float]]  #: seed → scores of the first and the second compared arm
 
 
-def _paired(study: Study, task: str, measure: str, budgets: Mapping[Axis, float]) -> dict[Place, Pairs]:
-    return {place: _pairs(study, task, measure, budgets, place, study.compare) for place in PLACES}
+def _differences(
+    study: Study, measure: str, budgets: Budgets, places: Sequence[Place], *, part: float = 1.0
+) -> list[Difference]:
+    """The compared arms at ``part`` of each budget: over all tasks where there are several, then task by task."""
+    at = {task: {axis: part * budget for axis, budget in found.items()} for task, found in budgets.items()}
+    paired = {
+        task: {place: _pairs(study, task, measure, at[task], place, study.compare) for place in places}
+        for task in study.tasks
+    }
+    found = [*_overall(study, paired, places)] if len(study.tasks) > 1 else []
+    found += [
+        _difference(study, task, place, pairs, at[task])
+        for task, by_place in paired.items()
+        for place, pairs in by_place.items()
+        if pairs
+    ]
+    return [dataclasses.replace(row, part=part) for row in found]
 
 
 def _pairs(
@@ -196,11 +215,11 @@ def _shares(study: Study, task: str, axis: Axis, seeds: Collection[int], budget:
     return first, second
 
 
-def _overall(study: Study, paired: Mapping[str, Mapping[Place, Pairs]]) -> list[Difference]:
+def _overall(study: Study, paired: Mapping[str, Mapping[Place, Pairs]], places: Sequence[Place]) -> list[Difference]:
     """Each seed's scores averaged over all tasks, then paired by seed; only seeds that are finished everywhere."""
     found = []
-    for place in PLACES:
-        tasks = [places[place] for places in paired.values()]
+    for place in places:
+        tasks = [by_place[place] for by_place in paired.values()]
         seeds = sorted(set.intersection(*(set(pairs) for pairs in tasks)))
         means = {
             seed: (

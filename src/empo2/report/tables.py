@@ -75,6 +75,28 @@ def differences_table(study: Study, summary: Summary, places: int) -> str:
     return table(header, rows, left=2 if len(study.tasks) > 1 else 1)
 
 
+def earlier_table(study: Study, summary: Summary, places: int) -> str:
+    """The comparison on the way to each budget, and there."""
+    first, second = study.compare
+    several = len(study.tasks) > 1
+    reached = [row for row in (*summary.overall, *summary.differences) if row.place != "final"]
+    rows = [
+        [
+            *([row.task or "all tasks"] if several else []),
+            f"{row.part:.0%} of the {row.place}" + (f" ({amount(row.budget)})" if row.budget is not None else ""),
+            number(row.first, places),
+            number(row.second, places),
+            with_interval(row.estimate, places),
+        ]
+        for task in (*([""] if several else []), *study.tasks)
+        for axis in AXES
+        for row in (*summary.earlier, *reached)
+        if (row.task, row.place) == (task, axis)
+    ]
+    header = [*(["task"] if several else []), "after", first, second, "difference, 95 % (t, paired)"]
+    return table(header, rows, left=2 if several else 1)
+
+
 def versus_table(study: Study, rows: Sequence[Versus], places: int) -> str:
     """What the first compared arm gains over every other one, at equal episodes, paired by seed."""
     task = ["task"] if len(study.tasks) > 1 else []
@@ -175,7 +197,15 @@ def _also(study: Study, summary: Summary, places: int) -> list[str]:
     return [
         f"### {study.compare[0]} and {study.compare[1]}",
         *verdict(study, summary),
-        *([differences_table(study, summary, places)] if summary.differences else []),
+        *(_difference_parts(study, summary, places) if summary.differences else []),
+    ]
+
+
+def _difference_parts(study: Study, summary: Summary, places: int) -> list[str]:
+    return [
+        differences_table(study, summary, places),
+        "On the way there, as which budget is read off can decide what it says:",
+        earlier_table(study, summary, places),
     ]
 
 
@@ -228,7 +258,7 @@ def page(
         f"{NONE}: no finished seed, or not all of them reached that budget. The budgets are the largest that all "
         f"finished cells of {study.compare[0]} and {study.compare[1]} reached.",
         "## Difference",
-        *([differences_table(study, summary, places)] if summary.differences else ["Nothing to compare yet."]),
+        *(_difference_parts(study, summary, places) if summary.differences else ["Nothing to compare yet."]),
         *(
             [
                 f"## {study.compare[0]} against each arm",

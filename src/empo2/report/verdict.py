@@ -31,8 +31,9 @@ def verdict(study: Study, summary: Summary) -> list[str]:
     said = [_overall(study, summary, places)] if several else []
     for task in study.tasks:
         found = {d.place: d for d in summary.differences if d.task == task}
+        earlier = [d for d in summary.earlier if d.task == task]
         head = f"**{task}.** " if several else ""
-        said.append(head + (_task(study, found, places) if found else _nothing(study)))
+        said.append(head + (_task(study, found, earlier, places) if found else _nothing(study)))
     return said
 
 
@@ -40,16 +41,18 @@ def _nothing(study: Study) -> str:
     return f"No seed is finished in both {study.compare[0]} and {study.compare[1]}: there is nothing to compare yet."
 
 
-def _task(study: Study, found: dict[Place, Difference], places: int) -> str:
+def _task(study: Study, found: dict[Place, Difference], earlier: Sequence[Difference], places: int) -> str:
     main = found["episodes"]
     sentences = [
         _scores(study, f"At equal episodes ({_budget(study, main)})", main, places),
         reading(main.estimate, study.compare),
+        *_turned(main, earlier, places),
         _ratio(study, main, places),
     ]
     for place in ("tokens", "seconds"):
         other = found[place]
         sentences.append(f"At equal {place} ({_budget(study, other)}): {_shortly(other, places)}.")
+        sentences += _turned(other, earlier, places)
     sentences.append(f"At the end of each training: {_shortly(found['final'], places)}.")
     return " ".join(sentences)
 
@@ -65,7 +68,24 @@ def _budget(study: Study, found: Difference) -> str:
     return f"{said}: {', '.join(early)}" if early else said
 
 
+def _turned(there: Difference, earlier: Sequence[Difference], places: int) -> list[str]:
+    """Where on the way to a budget the interval lay on the other side of 0 than the difference does there."""
+    said = [
+        f"{row.part:.0%} of those {there.place} {number(row.estimate.mean, places)}, {_interval(row.estimate, places)}"
+        for row in earlier
+        if row.place == there.place and _is_opposed(row.estimate, there.estimate)
+    ]
+    return [f"**Earlier the other way**: at {'; at '.join(said)}."] if said else []
+
+
+def _is_opposed(earlier: Estimate, there: Estimate) -> bool:
+    if earlier.low is None or earlier.high is None:
+        return False
+    return earlier.high < 0 < there.mean or there.mean < 0 < earlier.low
+
+
 def _overall(study: Study, summary: Summary, places: int) -> str:
+    earlier = [d for d in summary.earlier if not d.task]
     found = {d.place: d for d in summary.overall}
     if "episodes" not in found:
         return "**All tasks.** No seed is finished in all tasks of both arms: there is nothing to compare yet."
@@ -77,9 +97,16 @@ def _overall(study: Study, summary: Summary, places: int) -> str:
         [
             _scores(study, f"**All {len(study.tasks)} tasks.** On average over tasks, at equal episodes", main, places),
             reading(main.estimate, study.compare),
+            *_turned(main, earlier, places),
             _ratio(study, main, places),
-            f"At equal tokens: {_shortly(found['tokens'], places)}; at equal seconds: "
-            f"{_shortly(found['seconds'], places)}.",
+            *(
+                said
+                for place in ("tokens", "seconds")
+                for said in (
+                    f"At equal {place}: {_shortly(found[place], places)}.",
+                    *_turned(found[place], earlier, places),
+                )
+            ),
             f"Task by task the interval lies above 0 in {above} of {len(tasks)}, below 0 in {below}.",
         ]
     )
