@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -86,6 +87,30 @@ def test_resuming_a_finished_run_prints_its_summary(smoke_run: Path):
     assert done.returncode == 0, done.stderr
     assert "before" in done.stdout
     assert (smoke_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_whose_checkpoints_were_deleted_is_not_trained_anew(smoke_run: Path, tmp_path: Path):
+    """As an experiment leaves its finished cells, which may never have saved before their last step."""
+    left = tmp_path / "left"
+    shutil.copytree(smoke_run, left, ignore=shutil.ignore_patterns("checkpoints"))
+    recipe = (left / "config.toml").read_text()
+    (left / "config.toml").write_text(re.sub("checkpoint_every = .*", "checkpoint_every = 99", recipe))
+    before = (left / "metrics.jsonl").read_bytes()
+    evaluated = run("evaluate", str(left))
+    assert (evaluated.returncode, "--resume" in evaluated.stderr) == (2, False)
+    assert "holds no checkpoint any more" in evaluated.stderr
+    done = run("train", "--resume", "--run", str(left))
+    assert done.returncode == 0, done.stderr
+    assert "trained model: deleted" in done.stdout
+    assert (left / "metrics.jsonl").read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    (left / "metrics.jsonl").write_bytes(b"".join(lines[:-1]))
+    scores = (left / "evaluations.jsonl").read_bytes().splitlines(keepends=True)
+    (left / "evaluations.jsonl").write_bytes(b"".join(scores[:-1]))
+    stopped = run("train", "--resume", "--run", str(left))
+    assert stopped.returncode != 0
+    assert "holds no checkpoint any more" in stopped.stderr
+    assert (left / "metrics.jsonl").read_bytes() == b"".join(lines[:-1])
 
 
 def test_evaluating_a_run_with_and_without_its_memory(smoke_run: Path):

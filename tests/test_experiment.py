@@ -140,17 +140,26 @@ def test_tips_are_evaluated_only_where_an_arm_has_them(tmp_path: Path):
             ["also_compare", "'a' (seeds [11])", "'b' (seeds [12])", "share no seed"],
         ),
         ({"name": "../../x"}, ["name", "without folders"]),
-        ({"tips_temperature": float("inf")}, ["tips_temperature", "no temperature"]),
-        ({"ratio_from": float("nan")}, ["ratio_from", "at least 0"]),
+        ({"name": ".."}, ["name", "without folders"]),
+        ({"name": "a\0b"}, ["name", "control characters"]),
+        ({"arms__gr\npo": {"modes.p": 0.0}}, ["arms", "'gr\\npo'", "line breaks"]),
+        ({"tips_temperature": float("inf")}, ["tips_temperature", "at least 0"]),
+        ({"tips_temperature": -5}, ["tips_temperature", "-1 for the recipe's", "got -5"]),
+        ({"tips_temperature": 10**400}, ["tips_temperature", "at least 0"]),
+        ({"ratio_from": float("nan")}, ["ratio_from", "between 0"]),
+        ({"ratio_from": float("inf")}, ["ratio_from", "between 0"]),
+        ({"ratio_from": 10**400}, ["ratio_from", "between 0"]),
+        ({"threads": 10**20}, ["threads", "between 1"]),
+        ({"arms__grpo__modes": {"p": 0.0}}, ["[arms.grpo] sets modes.p twice"]),
         ({"arms__grpo__collect.max_action_tokens": 1}, ["collect.max_action_tokens"]),
         ({"measure": "eval_train_score"}, ["measure", "'eval_train_score_mean'"]),
         ({"settings__eval.train_variations": 0}, ["never evaluated", "eval.train_variations is 0"]),
         ({"measure": "eval_score_mean", "settings__eval.num_variations": 0}, ["never", "eval.num_variations is 0"]),
-        ({"threads": 0}, ["threads must be at least 1, got 0"]),
+        ({"threads": 0}, ["threads must be between 1", "got 0"]),
         ({"threads": 1.5}, ["threads = 1.5", "whole number"]),
         ({"threads": True}, ["threads = True", "whole number"]),
-        ({"tips_episodes": 0}, ["tips_episodes", "at least 1"]),
-        ({"ratio_from": -1}, ["ratio_from", "at least 0"]),
+        ({"tips_episodes": 0}, ["tips_episodes", "between 1"]),
+        ({"ratio_from": -1}, ["ratio_from", "between 0"]),
         ({"evaluate_tips": "yes"}, ["evaluate_tips", "true or false"]),
         ({"evaluate_tips": True, "settings__modes.p": 0.0}, ["evaluate_tips", "no arm acts with tips"]),
         ({"settings__train.seed": 3}, ["[settings]", "train.seed", "'seeds'"]),
@@ -234,6 +243,8 @@ run = pathlib.Path(arguments[arguments.index("--run") + 1] if arguments[0] == "t
 if arguments[0] == "evaluate":
     if not (run / "checkpoints").is_dir():
         sys.exit("empo2: no checkpoint")
+    if behaviour.get("evaluate prints") == "":
+        sys.exit()
     print("a library that talks")
     print(json.dumps({"score_mean": 0.5, "memory": arguments[-1], "model": str(run)}))
     sys.exit(behaviour.get("evaluate fails with", "") == arguments[-1])
@@ -561,7 +572,12 @@ def test_elsewhere_it_goes_on_from_the_results(tmp_path: Path, stub: Stub):
     assert any("1 cell(s) done, from" in line for line in said)
     assert "Missing cells" not in page(tmp_path)
     shutil.rmtree(tmp_path / "out")
-    (tmp_path / "results/cells/smoke/empo2/seed-11/tips.json").unlink()
+    copy = tmp_path / "results/cells/smoke/empo2/seed-11"
+    (copy / "tips.json").unlink()
+    with pytest.raises(ConfigError, match="was trained elsewhere, and its evaluations with tips are not those"):
+        run(load(tmp_path, **asked), tmp_path)
+    assert stub.calls() == [], "a finished training is not thrown away for want of an evaluation"
+    shutil.rmtree(copy)
     assert run(load(tmp_path, **asked), tmp_path)[0] == 0
     assert [call[0] for call in stub.calls()] == ["train"] + 3 * ["evaluate"]
 
@@ -658,6 +674,71 @@ def test_runs_of_the_file_as_it_was_are_not_gone_on_with(tmp_path: Path, stub: S
     shutil.rmtree(tmp_path / "results/cells/smoke/empo2")
     assert run(longer, tmp_path, arms=["empo2"])[0] == 0
     assert "No seed is finished in both" in page(tmp_path), "copies of the file as it was are no partners"
+
+
+def test_a_report_keeps_copies_that_a_run_of_other_settings_would_replace(tmp_path: Path, stub: Stub):
+    made = load(tmp_path)
+    assert run(made, tmp_path)[0] == 0
+    own, copy = (tmp_path / place / "smoke/grpo/seed-11/config.toml" for place in ("out", "results/cells"))
+    before = copy.read_bytes()
+    own.write_text(own.read_text().replace("lr = 0.001", "lr = 0.009"))
+    assert own.read_bytes() != before
+    experiment.report(made, tmp_path / "out", tmp_path / "results")
+    assert run(made, tmp_path, arms=["empo2"])[0] == 0
+    assert copy.read_bytes() == before
+    assert "| smoke | grpo | 11 | other settings: learner.lr = 0.009" in page(tmp_path)
+
+
+def test_a_copy_is_written_whole_or_not_at_all(tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch):
+    made = load(tmp_path)
+    assert run(made, tmp_path)[0] == 0
+    copy = tmp_path / "results/cells/smoke/empo2/seed-11"
+    for path in copy.iterdir():
+        path.unlink()
+    flushed: list[Path] = []
+
+    def is_full(path: Path) -> None:
+        flushed.append(path)
+        if len(flushed) > 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gather, "flush", is_full)
+    with pytest.raises(OSError, match="No space"):
+        experiment.report(made, tmp_path / "out", tmp_path / "results")
+    whole = [path for path in copy.iterdir() if not path.name.endswith(".writing")]
+    assert [path.name for path in whole] == ["evaluations.jsonl"], "config.toml, which makes a copy of it, comes after"
+    monkeypatch.undo()
+    assert not gather.is_trained(copy)
+
+
+def test_a_done_cell_whose_run_is_no_longer_whole_is_run_again(tmp_path: Path, stub: Stub):
+    made = load(tmp_path)
+    assert run(made, tmp_path)[0] == 0
+    folder = tmp_path / "out/smoke/empo2/seed-11"
+    (folder / "metrics.jsonl").write_text("".join((folder / "metrics.jsonl").open().readlines()[:1]))
+    (folder / "checkpoints").mkdir()
+    stub.calls()
+    assert run(made, tmp_path)[0] == 0
+    assert [call[:2] for call in stub.calls()] == [["train", "--resume"]]
+    assert "Missing cells" not in page(tmp_path)
+
+
+def test_a_failed_cell_that_an_interrupted_call_did_not_try_stays_failed(tmp_path: Path, stub: Stub):
+    made = load(tmp_path)
+    stub.behaves(**{"12": "fails"})
+    assert run(made, tmp_path)[0] == 1
+    children = cells.Children(1)
+    children.interrupt()
+    cell = made.cells[-1]
+    assert cells.run_cell(made, cell, tmp_path / "out" / cell.place, children) == "stopped"
+    assert gather.failure(tmp_path / "out" / cell.place)[-1] == "empo2: it broke"
+
+
+def test_an_evaluation_that_prints_nothing_is_a_failed_one(tmp_path: Path, stub: Stub):
+    stub.behaves(**{"evaluate prints": ""})
+    made = load(tmp_path, seeds=[11], evaluate_tips=True)
+    assert run(made, tmp_path)[0] == 1
+    assert "no result: it printed []" in page(tmp_path)
 
 
 def test_results_that_cannot_be_written_are_refused_before_anything_runs(tmp_path: Path, stub: Stub):

@@ -268,6 +268,29 @@ def test_update_equals_the_slow_oracle(name, precision):
     assert stats.grad_norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in found.values())), rel=1e-5)
 
 
+def test_a_token_that_is_not_held_cannot_spoil_the_step_through_k3(monkeypatch):
+    """It stands at the policy's own log-prob before the exponential, which may be infinite, and 0 · inf is NaN."""
+    loss = LossConfig(kl=0.1, kl_estimator="k3", kl_groups="unsolved")
+    reference = models.load_model(models.TINY, dtype=torch.float32, device="cpu", seed=1)
+    batch = batch_of(play_group(Mode.WITH_TIPS))
+    batch = [replace(sequence, held=number == 0) for number, sequence in enumerate(batch)]
+    learner = make_learner(loss=loss, reference=reference)
+    behavior = shifted(learner.logprobs(batch))
+    expected, wanted = updated(make_learner(loss=loss, reference=reference), batch, behavior)
+
+    k3, cut_off = losses.k3_divergence, []
+
+    def counting(logprobs, references):
+        cut_off.append(int((references == logprobs.detach()).sum()))
+        return k3(logprobs, references)
+
+    monkeypatch.setattr(losses, "k3_divergence", counting)
+    stats, found = updated(learner, batch, behavior)
+    assert sum(cut_off) == sum(sequence.num_trained for sequence in batch[1:]) > 0
+    assert stats.loss == expected.loss
+    assert distance(found, wanted) == 0
+
+
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].kl_estimator == "k3"])
 def test_loss_equals_the_oracle_in_plain_floats(name):
     """The same number from tests/oracles.py, which knows no tensors and the drawn tokens alone."""

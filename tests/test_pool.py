@@ -208,6 +208,15 @@ def test_an_answer_nobody_waits_for_any_more_is_dropped(tmp_path):
         assert seen(step(pool, 0, "b")) == undisturbed(0, ["b"])
 
 
+def test_warming_starts_every_worker_and_disturbs_no_episode(tmp_path):
+    with EnvironmentPool(FaultySuite(tmp_path, per_worker=2), 3) as pool:
+        pool.warm(task())
+        assert len(pool._workers) == 2
+        for slot in range(3):
+            reset(pool, slot)
+        assert [seen(step(pool, slot, "go")) for slot in range(3)] == [undisturbed(slot, ["go"]) for slot in range(3)]
+
+
 def test_worked_examples(tmp_path):
     with EnvironmentPool(FaultySuite(tmp_path), 1) as pool:
         assert pool.worked_example(task()) is None

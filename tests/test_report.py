@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from empo2 import report
-from empo2.errors import MissingPart
+from empo2.errors import CheckpointError, MissingPart
 from empo2.report import curves, tables, verdict
 from empo2.report.records import Record, Study, measure_words
 from empo2.report.statistics import (
@@ -167,6 +167,12 @@ def test_budgets_add_up_over_steps():
     assert record.spent("seconds") == {0: 0, 1: 2.5, 2: 5}
     assert record.evaluated(MEASURE, "tokens") == Curve((0, 140, 280), (0.0, 0.1, 0.5))
     assert record.trained("grad_norm", "episodes") == Curve((10,), (1.0,)), "an infinite step is left out"
+
+
+def test_metrics_that_lack_a_step_are_named():
+    cell = make("new", 3, [0.0, 0.1, 0.2])
+    with pytest.raises(CheckpointError, match="easy, new, seed 3 lack step 1"):
+        replace(cell, metrics=cell.metrics[1:]).spent("seconds")
 
 
 def test_steps_that_trained_nothing_have_no_entropy():
@@ -517,6 +523,9 @@ def test_runs_with_other_weights_or_on_other_machines_are_named(tmp_path: Path):
     text = tables.repeat_section(study(*alone), summarize(study(*alone), MEASURE))
     assert "more than one" not in text
     assert "precision: bfloat16 sampler, float32 trainer" in text
+    mixed = replace(alone[1], provenance={**one.provenance, "precision": {**P32, "sampler": "float32"}})
+    text = tables.repeat_section(study(alone[0], mixed), summarize(study(*alone), MEASURE))
+    assert "**not all trainings ran in the same precision, which changes seconds and scores**" in text
     went_on = replace(alone[0], provenance={**alone[0].provenance, "resumed": [other.provenance]})
     text = tables.repeat_section(study(went_on, alone[1]), summarize(study(*alone), MEASURE))
     assert "code: abc, def" in text

@@ -205,6 +205,20 @@ def test_lessons_with_failures():
     assert sum(again) / len(again) == pytest.approx((1 - settings.faithful) * 1.7 / 3, abs=0.05), "1.7 of 3 were tried"
 
 
+def test_without_walks_that_fail_there_is_nothing_to_tell_of_failures():
+    class Won(LockEnvironment):
+        """Every walk is at its goal after one move."""
+
+        def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+            observation, _, _, _, info = super().step(action)
+            return observation, 1.0, True, False, {**info, "success": True}
+
+    settings = replace(recipe().warmup, tips=1.0, failures=1.0)
+    found = lessons(settings, Won(), [game(v, 2) for v in range(50)], turns=4, seed=0, k=3)
+    with pytest.raises(UsageError, match=r"no walk failed in 1000 games.*warmup\.failures to 0"):
+        next(found)
+
+
 def test_entries_of_several_walks(classroom: Classroom):
     """By state, in the order of the walks; what two walks say alike is there once."""
     walks = (random_walk(LockEnvironment(), game(0), 4, random.Random(seed)) for seed in range(99))
@@ -315,6 +329,7 @@ def test_the_whole_command(tmp_path: Path, capsys):
     assert note["from"] == "new-words"
     sizes = [f"{kind}-{rooms}" for kind in ("lock", "maze") for rooms in (2, 4, 6)]
     assert note["games"] == {name: [4, 999, 996] for name in sizes}
+    assert note["left_out"] == {name: [] for name in sizes}
     assert note["warmup"]["updates"] == 3
     assert note["env"]["max_turns"] == 6, "what else decides which walks it saw"
     assert note["machine"]["cores"] >= 1
@@ -332,6 +347,33 @@ def test_the_whole_command(tmp_path: Path, capsys):
         imitated_tasks(shown)
     assert main(["warmup", "lock", "--model.path", str(folder), *flags]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_what_was_left_out_of_a_warm_up_was_not_imitated(tmp_path: Path):
+    folder = tmp_path / "warm"
+    flags = [part for name, value in FEW for part in (f"--{name}", str(value))]
+    assert main(["warmup", "lock", "--model.path", str(folder), "--env.variations", "5,7,0", *flags]) == 0
+    shown = recipe(("model.path", str(folder)), ("env.variations", "4,5,6,7"))
+    assert [task.variation for task in imitated_tasks(shown)] == [4, 6]
+
+
+def test_what_is_missing_is_noticed_before_anything_is_learnt(tmp_path: Path, capsys, monkeypatch):
+    flags = [part for name, value in FEW for part in (f"--{name}", str(value))]
+    monkeypatch.setattr("empo2.warmup.imitate", lambda *_: pytest.fail("it learns already"))
+    (tmp_path / "file").write_text("no folder")
+    assert main(["warmup", "lock", "--model.path", str(tmp_path / "file/warm"), *flags]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+    fetched: list[str] = []
+
+    def fetch(name: str) -> None:
+        fetched.append(name)
+        raise MissingPart("no index")
+
+    monkeypatch.setattr(models, "fetched", lambda name: None)
+    monkeypatch.setattr(models, "fetch", fetch)
+    flags += ["--model.embedder", "minilm"]
+    assert main(["warmup", "lock", "--model.path", str(tmp_path / "warm"), *flags]) == 2
+    assert fetched == [models.MINILM]
 
 
 def test_a_policy_that_was_not_measured_does_not_lie_where_training_looks(tmp_path: Path, monkeypatch):

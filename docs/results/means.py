@@ -20,7 +20,9 @@ lowest, highest = map(int, sys.argv[6:8]) if len(sys.argv) > 6 else (0, sys.maxs
 
 
 def mean(cell: Path) -> float | None:
-    """None: trained or evaluated at none of these steps."""
+    """None: trained or evaluated at none of these steps, or failed."""
+    if not (cell / "metrics.jsonl.gz").exists():
+        return None
     if key.startswith("eval_"):
         text = (cell / "evaluations.jsonl").read_text(encoding="utf-8")
     else:
@@ -44,6 +46,8 @@ found = {
     }
     for arm in sorted((folder / "cells").glob("*/*"))
 }
+if all(reference != arm for _, arm in found):
+    sys.exit(f"there is no arm {reference}; there are {', '.join(sorted({arm for _, arm in found}))}")
 rows = []
 for (task, arm), means in found.items():
     other = found[task, reference]

@@ -116,7 +116,7 @@ def imitated_tasks(config: Config) -> list[Task]:
         return []
     games = models.imitated(config.model.path)
     trained = train_tasks(config, make_suite(config))
-    return [t for t in trained if t.name in games and games[t.name][0] <= t.variation <= games[t.name][1]]
+    return [task for task in trained if task.variation in games.get(task.name, ())]
 
 
 def resolved(config: Config) -> Config:

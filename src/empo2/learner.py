@@ -221,7 +221,9 @@ class Learner:
             if loss.kl_estimator == "exact":
                 divergence = losses.divergence(logits, reference)[rows]
             else:
-                divergence = losses.k3_divergence(logprobs, self._token_logprobs(reference, packed))
+                # a token that is not held is set to the policy's own before the exponential, as above
+                expected = torch.where(columns.held, self._token_logprobs(reference, packed), logprobs.detach())
+                divergence = losses.k3_divergence(logprobs, expected)
             divergence = torch.where(columns.held, divergence, torch.zeros_like(divergence))
             per_token = per_token + loss.kl * divergence
             sums.kl += float(divergence.detach().sum())

@@ -27,7 +27,7 @@ from empo2.types import (
 )
 from empo2.walks import Walk, elsewhere, failed_walks, follow, random_walk, walk_to_the_goal
 
-IN_VAIN = 1_000  #: games one after the other in which no walk got to the goal, after which none is looked for
+IN_VAIN = 1_000  #: games one after the other in which no walk got to the goal (or failed), after which none is sought
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +43,25 @@ def lessons(
 ) -> Iterator[Lesson]:
     """Episodes of at most ``turns`` to imitate, which show tips of at most ``k`` walks, without end.
 
-    Raises UsageError where no walk gets to the goal.
+    Raises UsageError where no walk gets to the goal, or none fails to.
     """
     rng = random.Random(f"warmup/{seed}")
-    in_vain = 0
+    in_vain, never_failed = 0, 0
     while True:
         game = rng.choice(games)
         if rng.random() >= settings.tips:
             yield Lesson(walk=random_walk(environment, game, turns, rng), shown=())
         elif settings.failures and rng.random() < settings.failures:
-            if failed := failed_walks(environment, game, turns, rng, k):
+            failed = failed_walks(environment, game, turns, rng, k)
+            never_failed = 0 if failed else never_failed + 1
+            if failed:
                 walk = elsewhere(environment, failed, rng, faithful=settings.faithful, turns=turns)
                 yield Lesson(walk=walk, shown=failed)
+            elif never_failed == IN_VAIN:
+                raise UsageError(
+                    f"no walk failed in {IN_VAIN} games, so no tips of failures can be shown: they are too easy for "
+                    f"random walks in {turns} turns; set warmup.failures to 0, or lower env.max_turns"
+                )
         elif (way := walk_to_the_goal(environment, game, turns, rng)) is None:
             in_vain += 1
             if in_vain == IN_VAIN:

@@ -222,8 +222,8 @@ def locate(path: str) -> str:
     return path
 
 
-def imitated(path: str) -> dict[str, tuple[int, int]]:
-    """Task → first and last variation of the games in which a policy was warmed up; empty for other models.
+def imitated(path: str) -> dict[str, set[int]]:
+    """Task → variations of the games in which a policy was warmed up; empty for other models.
 
     Raises MissingPart if there is no such model, or its note is damaged.
     """
@@ -231,7 +231,12 @@ def imitated(path: str) -> dict[str, tuple[int, int]]:
     if not note.exists():
         return {}
     try:
-        return {name: (first, last) for name, (first, last, _) in json.loads(note.read_text())["games"].items()}
+        told = json.loads(note.read_text())
+        but = told.get("left_out", {})  # those that the recipe trained on or evaluated
+        return {
+            name: set(range(first, last + 1)) - set(but.get(name, ()))
+            for name, (first, last, _) in told["games"].items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError):
         raise MissingPart(f"{note} is damaged; warm up again, or remove it") from None
 

@@ -21,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -68,6 +69,9 @@ class Checkpoint:
                 )
 
 
+LOCK_ATTEMPTS, LOCK_PAUSE_S = 10, 0.05
+
+
 class RunFolder:
     """Reads and writes one run's files."""
 
@@ -108,12 +112,16 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process. Raises UsageError if another one trains in it."""
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"another process is training in {self.path}; let it end, or choose another --run"
-                ) from None
+            for attempt in range(LOCK_ATTEMPTS):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if attempt == LOCK_ATTEMPTS - 1:
+                        raise UsageError(
+                            f"another process is training in {self.path}; let it end, or choose another --run"
+                        ) from None
+                    time.sleep(LOCK_PAUSE_S)  # a report that looks whether the run is busy holds it for a moment
             yield
 
     def config(self) -> Config:
@@ -186,6 +194,10 @@ class RunFolder:
             found.append(Checkpoint(state.parent, content["step"], content["policy_version"]))
         return found
 
+    def checkpoints_deleted(self) -> bool:
+        """Whether the folder of the checkpoints was removed, as an experiment does with finished cells."""
+        return not (self.path / "checkpoints").exists()
+
     def save_checkpoint(
         self,
         step: int,
@@ -226,6 +238,8 @@ class RunFolder:
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that is on the disk must not be younger than its metrics
 
 
 def flush(path: Path) -> None:
@@ -256,7 +270,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             lines.append(json.loads(line))
-        except ValueError:
+            lines[-1]["step"]
+        except (ValueError, TypeError, KeyError):
             raise CheckpointError(f"line {number} of {path} is damaged; mend or remove it") from None
     return lines
 

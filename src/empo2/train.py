@@ -47,6 +47,8 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
     assert learner is not None
     advantages_of = algorithm(config).advantages
     step, version = resume(parts, run)
+    if step < config.train.steps:
+        parts.pool.warm(parts.train_tasks[0])
     if step == 0:
         record_evaluation(parts, run, observer, 0)
     ending = step == config.train.steps
@@ -228,7 +230,7 @@ def resume(parts: Parts, run: RunFolder) -> tuple[int, int]:
     """
     found = run.checkpoints()
     done = max((line["step"] for line in run.metrics()), default=0)
-    if not found and done > parts.config.train.checkpoint_every:
+    if not found and done and (run.checkpoints_deleted() or done > parts.config.train.checkpoint_every):
         raise CheckpointError(
             f"{run.path} ran {done} steps but holds no checkpoint any more, so it cannot go on; start a new run"
         )

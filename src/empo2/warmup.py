@@ -30,6 +30,7 @@ from empo2.assemble import (
     check_length,
     device_of,
     make_suite,
+    needed_models,
     prompt_rules,
     resolved,
     scopes_instead,
@@ -97,12 +98,19 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
     trained = train_tasks(config, suite)
     scopes_instead(config, trained)
     games = other_games(config, suite, trained)
+    for name in needed_models(replace(config, model=replace(config.model, path=config.warmup.base))):
+        models.fetch(name)
+    made, refused = (folder.with_name(f"{folder.name}-{what}") for what in ("unmeasured", "refused"))
+    try:
+        for old in (made, refused):
+            shutil.rmtree(old, ignore_errors=True)
+        made.mkdir(parents=True)
+        made.rmdir()  # it can be made: known before hours of learning
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made ({error.strerror}); choose another --model.path") from None
     torch.set_num_threads(config.train.threads or available_cores())
     tokenizer, model = _taught(config, suite, trained, games, told)
     change = _kept_to_rank(config, model) if config.warmup.rank else None
-    made, refused = (folder.with_name(f"{folder.name}-{what}") for what in ("unmeasured", "refused"))
-    for old in (made, refused):
-        shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     ran = provenance(replace(config, model=replace(config.model, path=config.warmup.base)))
@@ -112,11 +120,7 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
         "warmup": asdict(config.warmup),
         "env": asdict(config.env),
         "seed": config.train.seed,
-        "games": {
-            name: [min(used), max(used), len(used)]
-            for name in config.warmup.tasks or config.env.tasks
-            if (used := [game.variation for game in games if game.name == name])
-        },
+        **_games_told(games),
         **{key: ran[key] for key in ("date", "code", "packages", "machine", "threads")},
         **measured(replace(config, model=replace(config.model, path=str(made)))),
     }
@@ -127,10 +131,21 @@ def warm_up(config: Config, told: Callable[[int], None]) -> dict[str, Any]:
             f"the warmed policy ({refused}) scores {note['score']:.3f} on the recipe's tasks, more than "
             f"warmup.max_score = {config.warmup.max_score}: they are too easy to show anything; choose harder ones"
         )
-    made.rename(folder)
-    if change is not None:
+    if change is not None:  # before the folder has its name: a folder that is there is not made again
         save_file(change, folder.with_name(f"{folder.name}.safetensors"), {"warmup": json.dumps(note)})
+    made.rename(folder)
     return note
+
+
+def _games_told(games: Sequence[Task]) -> dict[str, Any]:
+    """Task → first, last and number of the variations walked in, and those between that were left out."""
+    used: dict[str, list[int]] = {}
+    for game in games:
+        used.setdefault(game.name, []).append(game.variation)
+    return {
+        "games": {name: [min(found), max(found), len(found)] for name, found in used.items()},
+        "left_out": {name: sorted(set(range(min(found), max(found))) - set(found)) for name, found in used.items()},
+    }
 
 
 def _taught(
@@ -259,8 +274,6 @@ def _base(config: Config, suite: Suite, taught: Iterator[Lesson]) -> tuple[Any, 
         tokenizer = models.word_tokenizer(_texts(config, suite, itertools.islice(taught, VOCABULARY_LESSONS)))
         model = models.tiny_model(len(tokenizer), config.train.seed, max_tokens=4096)
         return tokenizer, models.with_own_attention(model).to(device_of(config))
-    if settings.base in models.fetchable():
-        models.fetch(settings.base)
     model = models.load_model(settings.base, dtype=torch.float32, device=device_of(config), seed=config.train.seed)
     if settings.last_layers:
         models.train_last_layers(model, settings.last_layers)

@@ -51,7 +51,7 @@ def main(last: int, runs: list[Path]) -> None:
         firsts = [(first, solved) for solved in of_game if (first := first_success(solved)) is not None]
         judged = [(first, solved) for first, solved in firsts if first + AGAIN <= last]
         lost = sum(
-            not any(success for s in range(first + 1, first + AGAIN + 1) for _, success in solved[s])
+            not any(success for s in range(first + 1, first + AGAIN + 1) for _, success in solved.get(s, ()))
             for first, solved in judged
         )
         waits = [at - first for first, solved in firsts if (at := mastered(solved)) is not None]

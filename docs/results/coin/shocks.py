@@ -23,13 +23,16 @@ print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
 for cell in map(Path, sys.argv[1:]):
     with gzip.open(cell / "metrics.jsonl.gz", "rt", encoding="utf-8") as file:
         steps = [json.loads(line) for line in file]
-    shocks = [step for step in steps if (step["grad_norm"] or 0) > 1]
+    for step in steps:
+        for key in ("grad_norm", "kl"):
+            step[key] = float(step[key] or 0)  # "inf" and "nan" are text
+    shocks = [step for step in steps if step["grad_norm"] > 1]
     after: dict[bool, list[float]] = {True: [], False: []}
     for one, two in pairwise(steps):
-        after[(one["grad_norm"] or 0) > 1].append(two["valid_action_rate"] - one["valid_action_rate"])
+        after[one["grad_norm"] > 1].append(two["valid_action_rate"] - one["valid_action_rate"])
     means = [f"{sum(found) / len(found):+.3f}" if found else "—" for found in (after[True], after[False])]
-    high = sum((step["kl"] or 0) >= 0.3 for step in shocks)
-    norm, kl = (max(step[key] or 0 for step in steps) for key in ("grad_norm", "kl"))
+    high = sum(step["kl"] >= 0.3 for step in shocks)
+    norm, kl = (max(step[key] for step in steps) for key in ("grad_norm", "kl"))
     valid = min(step["valid_action_rate"] for step in steps)
     row = (
         "/".join(cell.parts[-2:]),

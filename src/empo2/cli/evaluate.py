@@ -12,7 +12,7 @@ from empo2.config import Config
 from empo2.errors import UsageError
 
 if TYPE_CHECKING:
-    from empo2.run import RunFolder
+    from empo2.run import Checkpoint, RunFolder
 
 
 def add(commands: Commands) -> None:
@@ -44,14 +44,15 @@ def execute(parsed: argparse.Namespace) -> int:
     _positive("--variations", parsed.variations)
     folder = Path(parsed.subject)
     run = RunFolder.open(folder) if (folder / "config.toml").exists() else None
-    recipe = _recipe(parsed, run)
+    checkpoint = _last_checkpoint(run) if run else None  # chosen once: the run may save another one any time
+    recipe = _recipe(parsed, run, checkpoint)
     preflight(recipe)
     fetch_missing(recipe, lambda text: print(text, file=sys.stderr))
     parts = assemble(recipe, ":memory:", with_learner=False)
     try:
-        if parsed.memory == "run" and run:
+        if parsed.memory == "run" and run and checkpoint:
             copy_into(parts.connection, run.store)
-            parts.memory.rewind(run.checkpoints()[-1].step)  # tips that this checkpoint's policy could have seen
+            parts.memory.rewind(checkpoint.step)  # tips that this checkpoint's policy could have seen
         result = evaluate_split(
             parts,
             recipe,
@@ -66,20 +67,29 @@ def execute(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe(parsed: argparse.Namespace, run: "RunFolder | None") -> Config:
-    """The named recipe, or the run's, with the run's last checkpoint or the named model as policy."""
-    if run is None:
+def _last_checkpoint(run: "RunFolder") -> "Checkpoint":
+    """Raises UsageError if there is none."""
+    if checkpoints := run.checkpoints():
+        return checkpoints[-1]
+    if run.checkpoints_deleted():
+        raise UsageError(
+            f"{run.path} holds no checkpoint any more (an experiment deletes those of its finished cells; "
+            "keep_checkpoints = true in its file keeps them); train it anew in another folder"
+        )
+    raise UsageError(
+        f"{run.path} holds no checkpoint yet; train it further with: empo2 train --resume --run {run.path}"
+    )
+
+
+def _recipe(parsed: argparse.Namespace, run: "RunFolder | None", checkpoint: "Checkpoint | None") -> Config:
+    """The named recipe, or the run's, with the run's checkpoint or the named model as policy."""
+    if run is None or checkpoint is None:
         if parsed.memory == "run":
             raise UsageError(f"{parsed.subject} is a model, not a run, and has no memory; leave out --memory run")
         values, policy = config.read_recipe(parsed.recipe or "default"), parsed.subject
     else:
         values = config.read_recipe(parsed.recipe) if parsed.recipe else config.to_dict(run.config())
-        checkpoints = run.checkpoints()
-        if not checkpoints:
-            raise UsageError(
-                f"{run.path} holds no checkpoint yet; train it further with: empo2 train --resume --run {run.path}"
-            )
-        policy = str(checkpoints[-1].model)
+        policy = str(checkpoint.model)
     recipe = config.from_dict(config.with_overrides(values, [("model.path", policy), *chosen_settings(parsed)]))
     if parsed.memory == "run" and run and recipe.model.embedder != run.config().model.embedder:
         raise UsageError(

@@ -62,7 +62,7 @@ def execute(parsed: argparse.Namespace) -> int:
         run = RunFolder.create(folder, recipe)
     stop = _StopOnInterrupt(display.say)
     with run.locked():
-        if not any(checkpoint.step == recipe.train.steps for checkpoint in run.checkpoints()):
+        if not _is_finished(run, recipe.train.steps):
             display.say(f"run folder: {run.path}")
             if parsed.resume:
                 run.note_resumption(recipe)
@@ -76,8 +76,16 @@ def execute(parsed: argparse.Namespace) -> int:
     display.console.print(summary(evaluations, run.metrics()))
     display.say(solved_line(run.metrics()))
     display.say(f"run folder: {run.path}")
-    display.say(f"trained model: {run.checkpoints()[-1].model}")
+    saved = run.checkpoints()
+    display.say(f"trained model: {saved[-1].model if saved else 'deleted'}")
     return 0
+
+
+def _is_finished(run: "RunFolder", steps: int) -> bool:
+    """Whether the last step is saved; or was, and its checkpoints have been deleted since."""
+    if run.checkpoints_deleted():
+        return any(line["step"] == steps for line in run.evaluations())
+    return any(checkpoint.step == steps for checkpoint in run.checkpoints())
 
 
 def _train(recipe: Config, run: "RunFolder", display: "Display", stop: "_StopOnInterrupt", *, new: bool) -> None:

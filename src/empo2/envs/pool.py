@@ -182,6 +182,13 @@ class EnvironmentPool:
         example: WorkedExample | None = self._receive(0, "worked_example", task)
         return example
 
+    def warm(self, task: Task) -> None:
+        """Start every slot's environment, all at once, by a reset, so that no timed step pays for it."""
+        for slot in range(self.num_slots):
+            self.start_reset(slot, task, 0)
+        for slot in range(self.num_slots):
+            self.receive_reset(slot)
+
     def close(self) -> None:
         """End all workers. Safe to call twice."""
         for worker in self._workers.values():

@@ -28,7 +28,7 @@ import tomli_w
 from empo2 import config as configs
 from empo2.config import nearest, read_toml
 from empo2.errors import ConfigError, Empo2Error, UsageError
-from empo2.experiment.gather import asked_tips, beside, is_busy, is_done, is_kept, report
+from empo2.experiment.gather import asked_tips, beside, is_busy, is_done, is_kept, record, report
 from empo2.experiment.plan import Cell, Experiment, differences
 from empo2.report import curves
 from empo2.run import available_cores, flush
@@ -67,7 +67,7 @@ def run(
         raise UsageError(f"--jobs must be at least 1, got {jobs}")
     with _alone_in(out):
         _check_unchanged(cells, out)
-        _check_copies(cells, out, results)
+        _check_copies(experiment, cells, out, results)
         kept = [cell for cell in cells if not experiment.keep_checkpoints and is_kept(cell, out, results)]
         if kept:
             say(f"{len(kept)} cell(s) done, from {results}")
@@ -121,7 +121,7 @@ def _check_unchanged(cells: Sequence[Cell], out: Path) -> None:
             )
 
 
-def _check_copies(cells: Sequence[Cell], out: Path, results: Path) -> None:
+def _check_copies(experiment: Experiment, cells: Sequence[Cell], out: Path, results: Path) -> None:
     """Refuse a results folder that cannot be written, or that holds cells of other settings, before they are lost."""
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -136,6 +136,15 @@ def _check_copies(cells: Sequence[Cell], out: Path, results: Path) -> None:
             raise ConfigError(
                 f"{copy.parent} ran with {', '.join(changed)}, and the report would replace it; delete it, choose "
                 "another --results, or change the experiment file back"
+            )
+        if experiment.keep_checkpoints or (out / cell.place / "config.toml").exists():
+            continue  # it is trained here
+        found = record(cell, out, results)
+        if found.state == "finished" and found.tips_missing and not (copy.parent / "failed.json").exists():
+            raise ConfigError(
+                f"{copy.parent} was trained elsewhere, and its evaluations with tips are not those that the file asks "
+                "for (evaluate_tips, tips_episodes, tips_temperature); change the file back, or delete it to train "
+                "the cell anew"
             )
 
 
@@ -274,6 +283,8 @@ class Children:
 def run_cell(experiment: Experiment, cell: Cell, folder: Path, children: Children) -> str:
     """Train a cell and evaluate it; "finished", "failed" (after a second attempt) or "stopped"."""
     state, log = beside(folder, ".state.json"), beside(folder, ".log")
+    if children.interrupts:
+        return "stopped"  # before what is known of an earlier attempt is forgotten
     if not is_done(folder):
         state.unlink(missing_ok=True)
     trained = False
@@ -315,7 +326,13 @@ def _evaluate(cell: Cell, folder: Path, log: Path, children: Children) -> bool:
             continue
         if not children.call([*common, *TIPS[name]], log, output=output):
             return False
-        made = json.loads(output.read_text(encoding="utf-8").splitlines()[-1])
+        printed = output.read_text(encoding="utf-8").splitlines()
+        try:
+            made = json.loads(printed[-1])
+        except (IndexError, ValueError):
+            with log.open("a", encoding="utf-8") as told:
+                told.write(f"no result: it printed {printed[-1:]}\n")
+            return False
         _write(folder / "tips.json", found | {name: made | {"asked": dict(cell.asked)}})
     output.unlink(missing_ok=True)
     return True

@@ -6,6 +6,7 @@ when the run folders are gone, and the experiment goes on elsewhere. A run folde
 
 import datetime
 import gzip
+import io
 import json
 import shlex
 import zlib
@@ -18,7 +19,7 @@ from empo2.errors import CheckpointError, UsageError
 from empo2.experiment.plan import Cell, Experiment, differences
 from empo2.report import curves
 from empo2.report.records import Record, State, Study
-from empo2.run import RunFolder, read_object
+from empo2.run import RunFolder, flush, read_object
 
 
 def report(experiment: Experiment, out: Path, results: Path) -> None:
@@ -69,8 +70,8 @@ def failure(folder: Path) -> list[str]:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a cell has been trained in an out folder, and is still there."""
-    return (folder / "config.toml").exists() and bool(read_json(beside(folder, ".state.json")).get("done"))
+    """Whether a cell has been trained in an out folder, and is still there, whole."""
+    return bool(read_json(beside(folder, ".state.json")).get("done")) and is_trained(folder)
 
 
 def asked_tips(cell: Cell, folder: Path) -> dict[str, Any]:
@@ -165,24 +166,42 @@ def _state(folder: Path, failed: list[str], metrics: list[dict[str, Any]]) -> tu
 
 
 def _copy(cell: Cell, folder: Path, target: Path) -> None:
-    """Copy a finished cell's small files, or how it failed."""
+    """Copy a finished cell's small files, or how it failed; never a run of other settings over one of these."""
+    if (folder / "config.toml").exists() and differences(cell.recipe, read_toml(folder / "config.toml")):
+        return
     if lines := failure(folder):
         target.mkdir(parents=True, exist_ok=True)
         told = {"done": is_done(folder), "failed": lines}
-        (target / "failed.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        _put(target / "failed.json", _json(told))
     elif (folder / "config.toml").exists():
         (target / "failed.json").unlink(missing_ok=True)
     if not is_trained(folder):
         return
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.toml", "evaluations.jsonl"):
-        (target / name).write_bytes((folder / name).read_bytes())
-    (target / "run.json").write_text(json.dumps(_provenance(folder), indent=1) + "\n", encoding="utf-8")
-    with (target / "metrics.jsonl.gz").open("wb") as raw, gzip.GzipFile("", mode="wb", fileobj=raw, mtime=0) as file:
+    for name in ("evaluations.jsonl", "config.toml"):
+        _put(target / name, (folder / name).read_bytes())
+    _put(target / "run.json", _json(_provenance(folder)))
+    packed = io.BytesIO()
+    with gzip.GzipFile("", mode="wb", fileobj=packed, mtime=0) as file:
         file.write("".join(json.dumps(line) + "\n" for line in _metrics(folder)).encode())
+    _put(target / "metrics.jsonl.gz", packed.getvalue())
     if tips := asked_tips(cell, folder):
         kept = {name: {key: value for key, value in found.items() if key != "model"} for name, found in tips.items()}
-        (target / "tips.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        _put(target / "tips.json", _json(kept))
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Whole or not at all; a file that holds it already is left alone."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    scratch = path.with_name(f".{path.name}.writing")
+    scratch.write_bytes(content)
+    flush(scratch)
+    scratch.replace(path)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

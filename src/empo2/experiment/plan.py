@@ -3,7 +3,6 @@
 A recipe is put together from the experiment's recipe, then [settings], then the task's, then the arm's settings.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ TOP_KEYS: dict[str, tuple[type, Any]] = {
     "measure": (str, "eval_train_score_mean"),
     "threads": (int, 1),
     "evaluate_tips": (bool, False),  # after training: without tips; arms that act with tips, also with own and other
-    "tips_temperature": (float, -1.0),  # of those evaluations; negative: the recipe's
+    "tips_temperature": (float, -1.0),  # of those evaluations; -1: the recipe's
     "tips_episodes": (int, 16),
     "keep_checkpoints": (bool, False),
     "ratio_from": (float, 0.1),
@@ -47,6 +46,7 @@ EQUAL_SECTIONS = ("model", "env", "eval", "prompt")
 EQUAL_KEYS = ("collect.groups_per_step", "collect.group_size", "collect.max_action_tokens")
 #: settings and whole sections that cannot change a training's numbers
 WITHOUT_EFFECT = ("train.checkpoint_every", "train.keep_checkpoints", "warmup")
+LARGEST = 10**6  #: of any number at the top of the file
 SET_BY_EXPERIMENT = {"train.seed": "seeds", "train.threads": "threads"}
 
 
@@ -100,11 +100,18 @@ def load(path: Path) -> Experiment:
         raise ConfigError(f"there is no experiment file {path}; name a .toml file")
     values = _top_values(configs.read_toml(path))
     for key, smallest in (("threads", 1), ("tips_episodes", 1), ("ratio_from", 0)):
-        if not values[key] >= smallest:
-            raise ConfigError(f"{key} must be at least {smallest}, got {values[key]}; set {key}")
-    if not math.isfinite(values["tips_temperature"]):
-        raise ConfigError(f"tips_temperature = {values['tips_temperature']} is no temperature; set tips_temperature")
-    if Path(values["name"]).name != values["name"]:
+        if not smallest <= values[key] <= LARGEST:
+            raise ConfigError(f"{key} must be between {smallest} and {LARGEST}, got {values[key]}; set {key}")
+    temperature = values["tips_temperature"]
+    if not (temperature == -1 or 0 <= temperature <= LARGEST):
+        raise ConfigError(
+            f"tips_temperature must be at least 0, or -1 for the recipe's, got {temperature}; set tips_temperature"
+        )
+    for kind, names in (("name", [values["name"]]), ("arms", values["arms"]), ("tasks", values["tasks"])):
+        for name in names:
+            if not name.isprintable():
+                raise ConfigError(f"{kind}: {name!r} holds line breaks or control characters; rename it")
+    if Path(values["name"]).name != values["name"] or values["name"] == "..":
         raise ConfigError(f"name = {values['name']!r} must be a name without folders; set name")
     recipe_values = configs.read_recipe(values["recipe"], path.parent)
     arms, seeds = _arms(values)
@@ -207,6 +214,8 @@ def _settings(place: str, entries: Any) -> list[tuple[str, Any]]:
         inner = value.items() if isinstance(value, Mapping) else [("", value)]
         found += [(f"{name}.{key}" if key else name, setting) for key, setting in inner]
     for name, _ in found:
+        if sum(name == other for other, _ in found) > 1:
+            raise ConfigError(f"[{place}] sets {name} twice; set it once")
         if name in SET_BY_EXPERIMENT:
             raise ConfigError(f"[{place}] sets {name}, which {SET_BY_EXPERIMENT[name]!r} sets; remove it there")
         if name.count(".") != 1:

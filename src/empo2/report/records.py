@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from empo2.errors import CheckpointError
 from empo2.metrics import OF_UPDATES
 from empo2.report.statistics import Curve
 
@@ -54,8 +55,10 @@ class Record:
     def spent(self, axis: Axis) -> dict[int, float]:
         """Step → what had been spent after it; step 0 → 0."""
         total = {0: 0.0}
-        for line in self.metrics:
-            total[line["step"]] = total[line["step"] - 1] + sum(float(line[key]) for key in _SPENT[axis])
+        for number, line in enumerate(self.metrics, start=1):
+            if line["step"] != number:
+                raise CheckpointError(f"the metrics of {self.task}, {self.arm}, seed {self.seed} lack step {number}")
+            total[number] = total[number - 1] + sum(float(line[key]) for key in _SPENT[axis])
         return total
 
     def evaluated(self, measure: str, axis: Axis) -> Curve:

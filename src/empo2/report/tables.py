@@ -170,6 +170,11 @@ def repeat_section(study: Study, summary: Summary) -> str:
         f"- machine: {'; '.join(machines) or NONE}; {study.threads} thread(s) a cell",
         *(["- **the seconds are of more than one machine**"] if len(machines) > 1 else []),
         *(["- **the seconds and tokens are of more than one version of the code**"] if len(codes) > 1 else []),
+        *(
+            ["- **not all trainings ran in the same precision, which changes seconds and scores**"]
+            if len(precision) > 1
+            else []
+        ),
         *([f"- precision: {'; '.join(precision)}"] if precision else []),
         f"- dates: {NONE if not dates else ' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
         f"- code: {', '.join(codes) or NONE}",

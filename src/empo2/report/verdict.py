@@ -146,7 +146,9 @@ def _ratio(study: Study, found: Difference, places: int) -> str:
     first, second = study.compare
     if found.ratio is not None:
         return f"That is {found.ratio:.2f} times the score of {second}."
-    if found.second < study.ratio_from or found.second <= 0:
+    if found.second <= 0:
+        return f"No ratio is given: {second} scores {number(found.second, places + 1)}."
+    if found.second < study.ratio_from:
         return (
             f"No ratio is given: {second} scores {number(found.second, places + 1)}, less than the "
             f"{study.ratio_from:g} from which one means something."
