@@ -702,7 +702,7 @@ def test_a_copy_is_written_whole_or_not_at_all(tmp_path: Path, stub: Stub, monke
         if len(flushed) > 1:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gather, "flush", is_full)
+    monkeypatch.setattr("empo2.run.flush", is_full)
     with pytest.raises(OSError, match="No space"):
         experiment.report(made, tmp_path / "out", tmp_path / "results")
     whole = [path for path in copy.iterdir() if not path.name.endswith(".writing")]

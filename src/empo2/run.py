@@ -89,8 +89,8 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"the run folder {path} cannot be made ({error.strerror}); choose another --run") from None
         run = cls(path)
-        run._write("run.json", json.dumps(provenance(config), indent=1))
-        run._write("config.toml", tomli_w.dumps(configs.to_dict(config)))
+        write_whole(path / "run.json", json.dumps(provenance(config), indent=1).encode())
+        write_whole(path / "config.toml", tomli_w.dumps(configs.to_dict(config)).encode())
         return run
 
     @classmethod
@@ -137,7 +137,7 @@ class RunFolder:
         now = {key: value for key, value in provenance(config).items() if key in ON_RESUMPTION}
         before = (resumed or [told])[-1]
         if any(now[key] != before.get(key) for key in ON_RESUMPTION if key != "date"):
-            self._write("run.json", json.dumps(told | {"resumed": [*resumed, now]}, indent=1))
+            write_whole(self.path / "run.json", json.dumps(told | {"resumed": [*resumed, now]}, indent=1).encode())
 
     @property
     def store(self) -> Path:
@@ -181,7 +181,7 @@ class RunFolder:
         """Drop metrics, evaluations and trajectories younger than a step."""
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             kept = [line for line in _read_lines(self.path / name) if line["step"] <= step]
-            self._write(name, "".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(self.path / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
         for path in (self.path / "trajectories").glob("step_*.jsonl.gz"):
             if int(path.name[5:11]) > step:
                 path.unlink()
@@ -229,17 +229,21 @@ class RunFolder:
             shutil.rmtree(old.folder)
         return Checkpoint(target, step, policy_version)
 
-    def _write(self, name: str, text: str) -> None:
-        scratch = self.path / f".{name}.writing"
-        scratch.write_text(text, encoding="utf-8")
-        flush(scratch)
-        scratch.replace(self.path / name)
-
     def _append(self, name: str, content: Mapping[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that is on the disk must not be younger than its metrics
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file, whole or not at all, whenever it is killed; one that holds this already is left alone."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    scratch = path.with_name(f".{path.name}.writing")
+    scratch.write_bytes(content)
+    flush(scratch)
+    scratch.replace(path)
 
 
 def flush(path: Path) -> None:

@@ -21,17 +21,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
 from empo2 import config as configs
 from empo2.config import nearest, read_toml
 from empo2.errors import ConfigError, Empo2Error, UsageError
-from empo2.experiment.gather import asked_tips, beside, is_busy, is_done, is_kept, record, report
+from empo2.experiment.gather import as_json, asked_tips, beside, is_busy, is_done, is_kept, record, report
 from empo2.experiment.plan import Cell, Experiment, differences
 from empo2.report import curves
-from empo2.run import available_cores, flush
+from empo2.run import RunFolder, available_cores, write_whole
 
 EMPO2 = (sys.executable, "-m", "empo2")
 TIPS = {
@@ -112,7 +111,7 @@ def _check_unchanged(cells: Sequence[Cell], out: Path) -> None:
                 "experiment file back"
             )
         folder = out / cell.place
-        gone = is_done(folder) and not (folder / "checkpoints").exists()
+        gone = is_done(folder) and RunFolder(folder).checkpoints_deleted()
         if gone and not _is_complete(cell, folder):
             raise ConfigError(
                 f"{folder} is done and its checkpoint deleted, but its evaluations with tips are not those that the "
@@ -291,13 +290,13 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path, children: Childre
     for _ in range(ATTEMPTS):
         trained = _train(cell, folder, log, children)
         if trained and _evaluate(cell, folder, log, children):
-            _write(state, {"done": True})
+            write_whole(state, as_json({"done": True}))
             if not experiment.keep_checkpoints:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return "finished"
         if children.interrupts:
             return "stopped"
-    _write(state, {"done": trained, "failed": last_lines(log)})  # done: only the evaluations failed
+    write_whole(state, as_json({"done": trained, "failed": last_lines(log)}))  # done: only the evaluations failed
     return "failed"
 
 
@@ -333,17 +332,9 @@ def _evaluate(cell: Cell, folder: Path, log: Path, children: Children) -> bool:
             with log.open("a", encoding="utf-8") as told:
                 told.write(f"no result: it printed {printed[-1:]}\n")
             return False
-        _write(folder / "tips.json", found | {name: made | {"asked": dict(cell.asked)}})
+        write_whole(folder / "tips.json", as_json(found | {name: made | {"asked": dict(cell.asked)}}))
     output.unlink(missing_ok=True)
     return True
-
-
-def _write(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}.writing")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    flush(scratch)
-    scratch.replace(path)
 
 
 def last_lines(log: Path) -> list[str]:

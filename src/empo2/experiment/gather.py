@@ -19,7 +19,7 @@ from empo2.errors import CheckpointError, UsageError
 from empo2.experiment.plan import Cell, Experiment, differences
 from empo2.report import curves
 from empo2.report.records import Record, State, Study
-from empo2.run import RunFolder, flush, read_object
+from empo2.run import RunFolder, read_object, write_whole
 
 
 def report(experiment: Experiment, out: Path, results: Path) -> None:
@@ -172,36 +172,27 @@ def _copy(cell: Cell, folder: Path, target: Path) -> None:
     if lines := failure(folder):
         target.mkdir(parents=True, exist_ok=True)
         told = {"done": is_done(folder), "failed": lines}
-        _put(target / "failed.json", _json(told))
+        write_whole(target / "failed.json", as_json(told))
     elif (folder / "config.toml").exists():
         (target / "failed.json").unlink(missing_ok=True)
     if not is_trained(folder):
         return
     target.mkdir(parents=True, exist_ok=True)
     for name in ("evaluations.jsonl", "config.toml"):
-        _put(target / name, (folder / name).read_bytes())
-    _put(target / "run.json", _json(_provenance(folder)))
+        write_whole(target / name, (folder / name).read_bytes())
+    write_whole(target / "run.json", as_json(_provenance(folder)))
     packed = io.BytesIO()
     with gzip.GzipFile("", mode="wb", fileobj=packed, mtime=0) as file:
         file.write("".join(json.dumps(line) + "\n" for line in _metrics(folder)).encode())
-    _put(target / "metrics.jsonl.gz", packed.getvalue())
+    write_whole(target / "metrics.jsonl.gz", packed.getvalue())
     if tips := asked_tips(cell, folder):
         kept = {name: {key: value for key, value in found.items() if key != "model"} for name, found in tips.items()}
-        _put(target / "tips.json", _json(kept))
+        write_whole(target / "tips.json", as_json(kept))
 
 
-def _json(content: Any) -> bytes:
+def as_json(content: Any) -> bytes:
+    """The bytes of a small JSON file."""
     return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Whole or not at all; a file that holds it already is left alone."""
-    if path.exists() and path.read_bytes() == content:
-        return
-    scratch = path.with_name(f".{path.name}.writing")
-    scratch.write_bytes(content)
-    flush(scratch)
-    scratch.replace(path)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
