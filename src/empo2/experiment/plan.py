@@ -99,30 +99,14 @@ def load(path: Path) -> Experiment:
     if not path.is_file():
         raise ConfigError(f"there is no experiment file {path}; name a .toml file")
     values = _top_values(configs.read_toml(path))
-    for key, smallest in (("threads", 1), ("tips_episodes", 1), ("ratio_from", 0)):
-        if not smallest <= values[key] <= LARGEST:
-            raise ConfigError(f"{key} must be between {smallest} and {LARGEST}, got {values[key]}; set {key}")
-    temperature = values["tips_temperature"]
-    if not (temperature == -1 or 0 <= temperature <= LARGEST):
-        raise ConfigError(
-            f"tips_temperature must be at least 0, or -1 for the recipe's, got {temperature}; set tips_temperature"
-        )
-    for kind, names in (("name", [values["name"]]), ("arms", values["arms"]), ("tasks", values["tasks"])):
-        for name in names:
-            if not name.isprintable():
-                raise ConfigError(f"{kind}: {name!r} holds line breaks or control characters; rename it")
-    if Path(values["name"]).name != values["name"] or values["name"] == "..":
-        raise ConfigError(f"name = {values['name']!r} must be a name without folders; set name")
+    _check_top(values)
     recipe_values = configs.read_recipe(values["recipe"], path.parent)
     arms, seeds = _arms(values)
     tasks = {name: _settings(f"tasks.{name}", entries) for name, entries in values["tasks"].items()}
     tasks = tasks or {Path(values["recipe"]).stem: []}
     for kind, names in (("arms", list(arms)), ("tasks", list(tasks))):
         _check_slugs(kind, names)
-    compare = _compare(values["compare"], seeds)
-    also = [_pair("also_compare", pair, seeds) for pair in values["also_compare"]]
-    if repeated := [pair for index, pair in enumerate(also) if pair in [compare, *also[:index]]]:
-        raise ConfigError(f"also_compare names {list(repeated[0])}, which is compared already; name each pair once")
+    compare, also = _pairs(values, seeds)
     common = _settings("settings", values["settings"])
     recipes = {
         (task, arm): _merged(f"task {task!r}, arm {arm!r}", recipe_values, [*common, *of_task, *of_arm])
@@ -138,7 +122,7 @@ def load(path: Path) -> Experiment:
     return Experiment(
         path=path,
         compare=compare,
-        also_compare=tuple(also),
+        also_compare=also,
         tasks=tuple(tasks),
         seeds=seeds,
         cells=tuple(_cells(recipes, seeds, values)),
@@ -174,6 +158,24 @@ def _top_values(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{key} is empty; set {key}")
         values[key] = value
     return values
+
+
+def _check_top(values: Mapping[str, Any]) -> None:
+    """Refuse numbers out of range, and names that cannot be folders."""
+    for key, smallest in (("threads", 1), ("tips_episodes", 1), ("ratio_from", 0)):
+        if not smallest <= values[key] <= LARGEST:
+            raise ConfigError(f"{key} must be between {smallest} and {LARGEST}, got {values[key]}; set {key}")
+    temperature = values["tips_temperature"]
+    if not (temperature == -1 or 0 <= temperature <= LARGEST):
+        raise ConfigError(
+            f"tips_temperature must be at least 0, or -1 for the recipe's, got {temperature}; set tips_temperature"
+        )
+    for kind, names in (("name", [values["name"]]), ("arms", values["arms"]), ("tasks", values["tasks"])):
+        for name in names:
+            if not name.isprintable():
+                raise ConfigError(f"{kind}: {name!r} holds line breaks or control characters; rename it")
+    if Path(values["name"]).name != values["name"] or values["name"] == "..":
+        raise ConfigError(f"name = {values['name']!r} must be a name without folders; set name")
 
 
 def _arms(values: Mapping[str, Any]) -> tuple[dict[str, list[tuple[str, Any]]], dict[str, tuple[int, ...]]]:
@@ -250,6 +252,17 @@ def _pair(key: str, named: Any, seeds: Mapping[str, tuple[int, ...]]) -> tuple[s
             "share no seed, and arms are compared seed by seed; set their seeds"
         )
     return first, second
+
+
+def _pairs(
+    values: Mapping[str, Any], seeds: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[str, str], tuple[tuple[str, str], ...]]:
+    """The compared arms, and the further pairs."""
+    compare = _compare(values["compare"], seeds)
+    also = [_pair("also_compare", pair, seeds) for pair in values["also_compare"]]
+    if repeated := [pair for index, pair in enumerate(also) if pair in [compare, *also[:index]]]:
+        raise ConfigError(f"also_compare names {list(repeated[0])}, which is compared already; name each pair once")
+    return compare, tuple(also)
 
 
 def _compare(named: Sequence[Any], seeds: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
