@@ -1,6 +1,8 @@
 """Each metric moves when its cause is forced, so that none is a constant."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -237,3 +239,15 @@ def test_settings_move_their_metrics(tmp_path):
     assert loud[1]["kl"] > 0
     assert "eval_score_mean" in loud[-1]
     assert "eval_score_mean" not in loud[0]
+    of_modes = {"score_plain", "score_with_tips", "score_distill"}
+    measured = {key for line in (*loud, *quiet) for key in line if not key.startswith("eval_")}
+    assert documented_keys("metrics.jsonl") == measured | of_modes
+    evaluated = {key.removeprefix("eval_").removeprefix("train_") for key in loud[-1] if key.startswith("eval_")}
+    assert evaluated <= documented_keys("metrics.jsonl") | {"episodes"}
+
+
+def documented_keys(section: str) -> set[str]:
+    """The keys named in the first column of a section's table in docs/run-folder.md."""
+    page = (Path(__file__).parents[1] / "docs" / "run-folder.md").read_text()
+    text = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", text, flags=re.M))))

@@ -62,6 +62,36 @@ def test_what_a_run_goes_on_with_is_noted_where_it_differs(tmp_path: Path, monke
     assert run.provenance()["resumed"] == noted
 
 
+def test_a_finished_run_made_longer_equals_one_planned_so(straight: RunFolder, tmp_path: Path):
+    run = run_training(tmp_path / "run", smoke(("train.steps", 4)))
+    resume = ["train", "--resume", "--run", str(run.path)]
+    assert cli.main([*resume, "--train.steps", "6"]) == 0
+    assert run.config() == straight.config()
+    assert [part["steps"] for part in run.provenance()["resumed"]] == [6]
+    assert without_evaluation(fingerprint(run)) == without_evaluation(fingerprint(straight))
+    assert [line["step"] for line in run.evaluations()] == sorted({4, *(s["step"] for s in straight.evaluations())})
+
+
+def test_a_run_is_made_longer_only_where_it_stays_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = run_training(tmp_path / "run", smoke(("train.steps", 2), ("learner.schedule", "linear")))
+    before = (run.path / "config.toml").read_bytes()
+    resume = ["train", "--resume", "--run", str(run.path)]
+    for settings, said in [
+        (["--train.steps", "1"], "only make it longer"),
+        (["--train.steps", "3"], "its learning rate falls until step 2"),
+        (["--train.seed", "3"], "the run's own recipe"),
+        (["--train.steps", "3", "--train.seed", "3"], "the run's own recipe"),
+    ]:
+        assert cli.main([*resume, *settings]) == 2
+        assert said in capsys.readouterr().err
+    recipe = run.path / "config.toml"
+    recipe.write_text(recipe.read_text().replace('"linear"', '"constant"'))
+    shutil.move(run.path / "checkpoints", tmp_path / "checkpoints")
+    assert cli.main([*resume, "--train.steps", "3"]) == 1
+    assert "holds no checkpoint any more" in capsys.readouterr().err
+    assert recipe.read_bytes() == before.replace(b'"linear"', b'"constant"')
+
+
 def test_the_gpu_is_noted_only_where_one_is_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device}")

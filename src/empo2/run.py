@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,16 @@ class RunFolder:
 
     def provenance(self) -> dict[str, Any]:
         return read_object(self.path / "run.json")
+
+    def extend(self, steps: int) -> None:
+        """Plan ``steps`` training steps in all. Raises CheckpointError where nothing is left to go on from."""
+        config = self.config()
+        if config.train.steps == steps:
+            return
+        if self.checkpoints_deleted():
+            raise CheckpointError(f"{self.path} holds no checkpoint any more, so it cannot go on; start a new run")
+        longer = replace(config, train=replace(config.train, steps=steps))
+        write_whole(self.path / "config.toml", tomli_w.dumps(configs.to_dict(longer)).encode())
 
     def note_resumption(self, config: Config) -> None:
         """Add to run.json what the run goes on with, where that is not what it ran with before."""
@@ -346,12 +356,13 @@ def provenance(config: Config) -> dict[str, Any]:
         },
         "weights": weights_digest(config.model.path),
         "seed": config.train.seed,
+        "steps": config.train.steps,
         "threads": config.train.threads or available_cores(),
         "precision": {"sampler": config.model.sampler_dtype, "trainer": config.model.trainer_dtype},
     }
 
 
-ON_RESUMPTION = ("date", "code", "python", "packages", "machine")  #: what may change while a run is stopped
+ON_RESUMPTION = ("date", "code", "python", "packages", "machine", "steps")  #: what may change while a run is stopped
 
 
 def package_version(name: str) -> str | None:

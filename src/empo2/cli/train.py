@@ -31,7 +31,9 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE-TIME)")
     command.add_argument(
-        "--resume", action="store_true", help="go on with the run in --run, exactly where it was saved"
+        "--resume",
+        action="store_true",
+        help="go on with the run in --run, exactly where it was saved; with --train.steps N for longer than planned",
     )
     add_settings(command)
     command.set_defaults(command=execute)
@@ -62,6 +64,8 @@ def execute(parsed: argparse.Namespace) -> int:
         run = RunFolder.create(folder, recipe)
     stop = _StopOnInterrupt(display.say)
     with run.locked():
+        if parsed.resume:
+            run.extend(recipe.train.steps)
         if not _is_finished(run, recipe.train.steps):
             display.say(f"run folder: {run.path}")
             if parsed.resume:
@@ -112,11 +116,22 @@ def _resumed_recipe(parsed: argparse.Namespace) -> Config:
 
     if parsed.run is None:
         raise UsageError("--resume needs the run to go on with; add --run DIR")
-    if parsed.recipe or chosen_settings(parsed):
+    settings = chosen_settings(parsed)
+    if parsed.recipe or any(name != "train.steps" for name, _ in settings):
         raise UsageError(
-            "--resume goes on with the run's own recipe; leave out the recipe and --section.field settings"
+            "--resume goes on with the run's own recipe; leave out the recipe and --section.field settings "
+            "(but for --train.steps, which trains it for longer)"
         )
-    return RunFolder.open(parsed.run).config()
+    recipe = RunFolder.open(parsed.run).config()
+    longer = config.from_dict(config.with_overrides(config.to_dict(recipe), settings))
+    if longer.train.steps < recipe.train.steps:
+        raise UsageError(f"{parsed.run} is a run of {recipe.train.steps} steps; --train.steps can only make it longer")
+    if longer != recipe and recipe.learner.schedule != "constant":
+        raise UsageError(
+            f"{parsed.run} cannot be made longer: its learning rate falls until step {recipe.train.steps} "
+            f"(learner.schedule = {recipe.learner.schedule}); start a new run with --train.steps"
+        )
+    return longer
 
 
 def _with_threads(recipe: Config, run: "RunFolder") -> Config:
