@@ -64,11 +64,10 @@ def execute(parsed: argparse.Namespace) -> int:
         run = RunFolder.create(folder, recipe)
     stop = _StopOnInterrupt(display.say)
     with run.locked():
-        if parsed.resume:
-            run.extend(recipe.train.steps)
         if not _is_finished(run, recipe.train.steps):
             display.say(f"run folder: {run.path}")
             if parsed.resume:
+                run.extend(recipe.train.steps)
                 run.note_resumption(recipe)
             _train(recipe, run, display, stop, new=not parsed.resume)
     if stop.asked() and run.checkpoints()[-1].step < recipe.train.steps:
