@@ -532,6 +532,44 @@ def test_runs_with_other_weights_or_on_other_machines_are_named(tmp_path: Path):
     assert "more than one machine" in text
 
 
+def on(machine: str, record: Record) -> Record:
+    return replace(record, provenance={**record.provenance, "machine": {"processor": machine, "cores": 2}})
+
+
+def test_seconds_are_compared_on_one_machine_only(tmp_path: Path):
+    """Seeds 1 and 2 ran on P, seed 3's arms on P and Q, seed 4 on Q, whose steps take a hundredth of the time."""
+    news, olds = (
+        [make(arm, seed, [0.0, score, score], seconds=10.0) for seed in (1, 2, 3)]
+        for arm, score in (("new", 0.8), ("old", 0.4))
+    )
+    fast = [
+        on("Q", make(arm, seed, [0.0, 0.5, 0.5], seconds=0.1)) for arm, seed in (("old", 3), ("new", 4), ("old", 4))
+    ]
+    made = study(*news, *olds[:2], *fast, planned=4)
+    assert made.timed_on("easy") == ("P, 2 cores",)
+    found = summarize(made, MEASURE)
+    at = {row.place: row for row in found.differences}
+    assert (at["seconds"].budget, at["seconds"].seeds) == (20.0, (1, 2)), "a cell of Q would make it 0.2"
+    assert at["seconds"].estimate.mean == pytest.approx(0.4)
+    assert at["episodes"].seeds == (1, 2, 3, 4)
+    assert {row.arm: row.at["seconds"] for row in found.arms} == {"new": None, "old": None}, "not all ran on P"
+    text = tables.repeat_section(made, found)
+    assert "more than one machine**: only those of P, 2 cores are compared" in text
+    report.write(made, tmp_path)
+
+
+def test_seconds_of_arms_that_share_no_machine_are_not_compared(tmp_path: Path):
+    one, other = pair([0.6], [0.2])
+    made = study(one, on("Q", other), planned=1)
+    found = summarize(made, MEASURE)
+    assert "seconds" not in {row.place for row in found.differences}
+    assert "At equal seconds nothing can be compared." in " ".join(verdict.verdict(made, found))
+    assert "more than one machine**: none are compared" in tables.repeat_section(made, found)
+    report.write(made, tmp_path)
+    moved = replace(one, provenance={**one.provenance, "resumed": [on("Q", other).provenance]})
+    assert study(moved, other, planned=1).timed_on("easy") is None, "its seconds are of two machines"
+
+
 # --- figures ---
 
 

@@ -214,9 +214,9 @@ def _draw_row(study: Study, row: _Quantity, panels: Any) -> None:
 
 def _draw_arm(panel: Any, study: Study, row: _Quantity, task: str, arm: str, colour: str, dash: str) -> list[Curve]:
     """Draw one arm in one panel; the curves that must be in the picture, the mean last."""
-    records = [record for record in study.records if (record.task, record.arm) == (task, arm)]
+    records = [r for r in study.records if (r.task, r.arm) == (task, arm) and study.counts(r, row.axis)]
     every = [curve for curve in map(row.curve, records) if len(curve.xs) > 1]
-    finished = [curve for curve in map(row.curve, study.finished(task, arm).values()) if curve.xs]
+    finished = [curve for r in records if r.state == "finished" and (curve := row.curve(r)).xs]
     if row.evaluated:
         for curve in every:
             panel.plot(curve.xs, curve.ys, color=colour, linewidth=0.8, alpha=0.35, linestyle=dash)

@@ -52,6 +52,12 @@ class Record:
     tips_missing: str = ""  #: why evaluations with tips that were asked for are not there
     provenance: Mapping[str, Any]
 
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """Where its seconds were measured: several if it went on on another machine, none if that was not noted."""
+        noted = [part.get("machine") for part in (self.provenance, *self.provenance.get("resumed", ()))]
+        return tuple(dict.fromkeys(machine_words(machine) for machine in noted if machine))
+
     def spent(self, axis: Axis) -> dict[int, float]:
         """Step → what had been spent after it; step 0 → 0."""
         total = {0: 0.0}
@@ -118,6 +124,38 @@ class Study:
     def finished(self, task: str, arm: str) -> dict[int, Record]:
         """Seed → record of the finished cells."""
         return {r.seed: r for r in self.records if (r.task, r.arm, r.state) == (task, arm, "finished")}
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """All that cells ran on."""
+        return tuple(dict.fromkeys(machine for record in self.records for machine in record.machines))
+
+    def timed_on(self, task: str) -> tuple[str, ...] | None:
+        """The machine whose seconds are compared: the one with most seeds in both compared arms.
+
+        None if they share none; empty if it is that of runs that noted none.
+        """
+        first, second = (self.finished(task, arm) for arm in self.compare)
+
+        def seeds_on(machines: tuple[str, ...], finished: Mapping[int, Record]) -> set[int]:
+            return {seed for seed, record in finished.items() if record.machines == machines}
+
+        named = dict.fromkeys(record.machines for record in (*first.values(), *second.values()))
+        shared = {
+            machines: (len(one & other), min(len(one), len(other)))
+            for machines in named
+            if len(machines) <= 1 and (one := seeds_on(machines, first)) and (other := seeds_on(machines, second))
+        }
+        return max(shared, key=lambda machines: shared[machines], default=None)
+
+    def counts(self, record: Record, axis: Axis | Literal["final"]) -> bool:
+        """Whether a cell can stand beside the compared ones on an axis: in seconds only if it ran on their machine."""
+        return axis != "seconds" or record.machines == self.timed_on(record.task)
+
+
+def machine_words(noted: Mapping[str, Any]) -> str:
+    """The machine of a run.json: its GPU, processor and cores."""
+    return ", ".join([*filter(None, [noted.get("gpu")]), noted["processor"], f"{noted['cores']} cores"])
 
 
 def measure_words(measure: str) -> str:

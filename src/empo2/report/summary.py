@@ -117,14 +117,19 @@ def _budgets(study: Study, task: str) -> dict[Axis, float]:
     if not all(arms):  # the reach of one arm alone says nothing of what both can reach
         return {}
     compared = [record for finished in arms for record in finished.values()]
-    found = {axis: common_reach([record.evaluated(study.measure, axis) for record in compared]) for axis in AXES}
+    found = {
+        axis: common_reach([r.evaluated(study.measure, axis) for r in compared if study.counts(r, axis)])
+        for axis in AXES
+    }
     return {axis: reach for axis, reach in found.items() if reach is not None}
 
 
-def _score(record: Record, measure: str, place: Place, budgets: Mapping[Axis, float]) -> float | None:
+def _score(study: Study, record: Record, measure: str, place: Place, budgets: Mapping[Axis, float]) -> float | None:
     if place == "final":
         return _last(record, measure)
-    return value_at(record.evaluated(measure, place), budgets[place]) if place in budgets else None
+    if place not in budgets or not study.counts(record, place):
+        return None
+    return value_at(record.evaluated(measure, place), budgets[place])
 
 
 def _before(record: Record, measure: str) -> float | None:
@@ -151,7 +156,7 @@ def _arm_scores(study: Study, task: str, arm: str, measure: str, budgets: Mappin
         num_planned=len(study.seeds[arm]),
         num_finished=len(records),
         before=_over_seeds([_before(record, measure) for record in records]),
-        at={place: _over_seeds([_score(r, measure, place, budgets) for r in records]) for place in PLACES},
+        at={place: _over_seeds([_score(study, r, measure, place, budgets) for r in records]) for place in PLACES},
     )
 
 
@@ -182,10 +187,11 @@ def _pairs(
 ) -> Pairs:
     """Scores of two arms by seed, where both have one at the budget."""
     first, second = (study.finished(task, arm) for arm in arms)
-    both = {
-        seed: (_score(first[seed], measure, place, budgets), _score(second[seed], measure, place, budgets))
-        for seed in sorted(set(first) & set(second))
-    }
+
+    def score(record: Record) -> float | None:
+        return _score(study, record, measure, place, budgets)
+
+    both = {seed: (score(first[seed]), score(second[seed])) for seed in sorted(set(first) & set(second))}
     return {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
 
 

@@ -1,7 +1,6 @@
 """The page of results as Markdown. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from empo2.report.records import AXES, AXIS_HELP, Record, Study, measure_words
 from empo2.report.statistics import Estimate
@@ -158,7 +157,6 @@ def repeat_section(study: Study, summary: Summary) -> str:
     precision = _distinct(
         f"{p['precision']['sampler']} sampler, {p['precision']['trainer']} trainer" for p in begun if "precision" in p
     )
-    machines = _distinct(_machine(p["machine"]) for p in told)
     codes = _distinct(str(p["code"]) for p in told)
     packages = _distinct(", ".join(f"{n} {v}" for n, v in p["packages"].items() if v and n != "empo2") for p in told)
     dates = sorted({str(p["date"])[:10] for p in told if p.get("date")})
@@ -167,8 +165,8 @@ def repeat_section(study: Study, summary: Summary) -> str:
         study.command,
         "```",
         "",
-        f"- machine: {'; '.join(machines) or NONE}; {study.threads} thread(s) a cell",
-        *(["- **the seconds are of more than one machine**"] if len(machines) > 1 else []),
+        f"- machine: {'; '.join(study.machines) or NONE}; {study.threads} thread(s) a cell",
+        *(_timed(study) if len(study.machines) > 1 else []),
         *(["- **the seconds and tokens are of more than one version of the code**"] if len(codes) > 1 else []),
         *(
             ["- **not all trainings ran in the same precision, which changes seconds and scores**"]
@@ -192,9 +190,15 @@ def repeat_section(study: Study, summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def _machine(noted: Mapping[str, Any]) -> str:
-    """Its GPU, processor and cores."""
-    return ", ".join([*filter(None, [noted.get("gpu")]), noted["processor"], f"{noted['cores']} cores"])
+def _timed(study: Study) -> list[str]:
+    """Whose seconds are compared, where there is more than one machine."""
+    said = []
+    for task in study.tasks:
+        of = f" of {task}" if len(study.tasks) > 1 else ""
+        machine = study.timed_on(task)
+        only = f"only those of {machine[0]} are compared" if machine else "none are compared"
+        said.append(f"- **the seconds{of} are of more than one machine**: {only}")
+    return said
 
 
 def _also(study: Study, summary: Summary, places: int) -> list[str]:
@@ -252,6 +256,7 @@ def page(
     """
     finished = sum(record.state == "finished" for record in study.records)
     missing = missing_table(study.records)
+    elsewhere = " (or, of seconds, ran on the machine whose seconds are compared)" if len(study.machines) > 1 else ""
     parts = [
         f"# {study.name}: {study.compare[0]} and {study.compare[1]}",
         *verdicts,
@@ -260,8 +265,8 @@ def page(
         f"{finished} of {len(study.records)} cells are finished.",
         "## Arms",
         arms_table(study, summary, places),
-        f"{NONE}: no finished seed, or not all of them reached that budget. The budgets are the largest that all "
-        f"finished cells of {study.compare[0]} and {study.compare[1]} reached.",
+        f"{NONE}: no finished seed, or not all of them reached that budget{elsewhere}. The budgets are the largest "
+        f"that all finished cells of {study.compare[0]} and {study.compare[1]} reached.",
         "## Difference",
         *(_difference_parts(study, summary, places) if summary.differences else ["Nothing to compare yet."]),
         *(

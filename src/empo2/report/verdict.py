@@ -50,7 +50,9 @@ def _task(study: Study, found: dict[Place, Difference], earlier: Sequence[Differ
         _ratio(study, main, places),
     ]
     for place in ("tokens", "seconds"):
-        other = found[place]
+        if (other := found.get(place)) is None:
+            sentences.append(f"At equal {place} nothing can be compared.")
+            continue
         sentences.append(f"At equal {place} ({_budget(study, other)}): {_shortly(other, places)}.")
         sentences += _turned(other, earlier, places)
     sentences.append(f"At the end of each training: {_shortly(found['final'], places)}.")
@@ -102,6 +104,7 @@ def _overall(study: Study, summary: Summary, places: int) -> str:
             *(
                 said
                 for place in ("tokens", "seconds")
+                if place in found
                 for said in (
                     f"At equal {place}: {_shortly(found[place], places)}.",
                     *_turned(found[place], earlier, places),
