@@ -148,7 +148,7 @@ class Study:
         }
         return max(shared, key=lambda machines: shared[machines], default=None)
 
-    def counts(self, record: Record, axis: Axis | Literal["final"]) -> bool:
+    def counts(self, record: Record, axis: Axis) -> bool:
         """Whether a cell can stand beside the compared ones on an axis: in seconds only if it ran on their machine."""
         return axis != "seconds" or record.machines == self.timed_on(record.task)
 

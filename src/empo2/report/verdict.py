@@ -1,6 +1,6 @@
 """What the figures say, in plain sentences. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from empo2.report.records import Study, measure_words
 from empo2.report.statistics import Estimate
@@ -48,15 +48,23 @@ def _task(study: Study, found: dict[Place, Difference], earlier: Sequence[Differ
         reading(main.estimate, study.compare),
         *_turned(main, earlier, places),
         _ratio(study, main, places),
+        *_beside(study, found, earlier, places),
+        f"At the end of each training: {_shortly(found['final'], places)}.",
     ]
-    for place in ("tokens", "seconds"):
-        if (other := found.get(place)) is None:
-            sentences.append(f"At equal {place} nothing can be compared.")
-            continue
-        sentences.append(f"At equal {place} ({_budget(study, other)}): {_shortly(other, places)}.")
-        sentences += _turned(other, earlier, places)
-    sentences.append(f"At the end of each training: {_shortly(found['final'], places)}.")
     return " ".join(sentences)
+
+
+def _beside(
+    study: Study, found: Mapping[Place, Difference], earlier: Sequence[Difference], places: int
+) -> Iterator[str]:
+    """The comparison at equal tokens and at equal seconds; over all tasks there is no one budget to name."""
+    for place in ("tokens", "seconds"):
+        if (there := found.get(place)) is None:
+            yield f"At equal {place} nothing can be compared."
+            continue
+        budget = f" ({_budget(study, there)})" if there.budget is not None else ""
+        yield f"At equal {place}{budget}: {_shortly(there, places)}."
+        yield from _turned(there, earlier, places)
 
 
 def _budget(study: Study, found: Difference) -> str:
@@ -101,15 +109,7 @@ def _overall(study: Study, summary: Summary, places: int) -> str:
             reading(main.estimate, study.compare),
             *_turned(main, earlier, places),
             _ratio(study, main, places),
-            *(
-                said
-                for place in ("tokens", "seconds")
-                if place in found
-                for said in (
-                    f"At equal {place}: {_shortly(found[place], places)}.",
-                    *_turned(found[place], earlier, places),
-                )
-            ),
+            *_beside(study, found, earlier, places),
             f"Task by task the interval lies above 0 in {above} of {len(tasks)}, below 0 in {below}.",
         ]
     )
