@@ -573,9 +573,9 @@ def test_seconds_of_arms_that_share_no_machine_are_not_compared(tmp_path: Path):
 # --- figures ---
 
 
-def test_four_arms_look_different_and_odd_ones_are_drawn(tmp_path: Path):
-    made = study(*(make(f"arm {n}", 1, [0.0, 0.5]) for n in range(2)))
-    assert len(set(curves._colours(made).values())) == 4
+def test_five_arms_look_different_and_odd_ones_are_drawn(tmp_path: Path):
+    made = study(*(make(f"arm {n}", 1, [0.0, 0.5]) for n in range(3)))
+    assert len(set(curves._colours(made).values())) == len({colour for colour, _ in curves._colours(made).values()}) == 5
     apart = [replace(make("a $x", 1, [0.0, 0.5]), metrics=()), make("$\\frac{", 2, [math.nan, 0.2])]
     apart += [make("a $x", 1, [0.1, math.nan, math.nan]), make("a $x", 2, [math.nan, math.nan, 0.2])]
     made = study(*apart, compare=("a $x", "$\\frac{"))
@@ -584,18 +584,20 @@ def test_four_arms_look_different_and_odd_ones_are_drawn(tmp_path: Path):
 
 
 def test_more_arms_than_can_be_told_apart_have_a_row_each(tmp_path: Path):
-    few, many = ([make(f"arm {n}", 1, [0.0, 0.5]) for n in range(count)] for count in (2, 3))
+    few, many = ([make(f"arm {n}", 1, [0.0, 0.5]) for n in range(count)] for count in (3, 4))
     assert study(*few).apart == ()
-    assert study(*many).apart == ("arm 0", "arm 1", "arm 2")
+    assert study(*many).apart == ("arm 0", "arm 1", "arm 2", "arm 3")
     assert list(curves._colours(study(*many))) == ["new", "old"]
-    pairs = replace(study(*many), also_compare=(("new", "arm 2"), ("arm 1", "old"), ("arm 0", "old")))
-    assert (pairs.together, pairs.apart) == (("new", "old", "arm 2", "arm 1"), ("arm 0",))
+    pairs = replace(study(*many), also_compare=tuple((f"arm {n}", "old") for n in (3, 2, 1, 0)))
+    assert (pairs.together, pairs.apart) == (("new", "old", "arm 3", "arm 2", "arm 1"), ("arm 0",))
     for name, records in (("few", few), ("many", many)):
         report.write(study(*records, *pair([0.6], [0.2])), tmp_path / name)
         page = (tmp_path / name / "results.md").read_text()
         drawn = name == "many"
         assert ("![the other arms](arms.png)" in page, "[arms](arms.svg)" in page) == (drawn, drawn)
         assert [(tmp_path / name / f"arms.{kind}").exists() for kind in ("png", "svg")] == [drawn, drawn]
+    report.write(study(*few, *pair([0.6], [0.2])), tmp_path / "many")
+    assert not list((tmp_path / "many").glob("arms.*")), "those of the report with more arms"
 
 
 def test_an_arm_apart_stands_beside_the_first_arm_on_its_own_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -605,7 +607,7 @@ def test_an_arm_apart_stands_beside_the_first_arm_on_its_own_seeds(tmp_path: Pat
     monkeypatch.setattr(
         Axes, "plot", lambda _, xs, ys, color, **__: lines.setdefault(color, []).append([*ys]) if ys else None
     )
-    others = [make(f"arm {n}", 3, []) for n in range(2)]
+    others = [make(f"arm {n}", 3, []) for n in range(3)]
     made = study(*pair([0.6, 0.7], [0.2]), *(make("apart", seed, [0.1, seed / 5]) for seed in (2, 3)), *others)
     curves.draw_arms(made, tmp_path)
     mean_and_seed = 2

@@ -63,8 +63,9 @@ for run in map(Path, sys.argv[1:]):
             by_novelty[block][1] += unsolved
     games_of[run.parts[-2]] += len(counts.keys() & START.keys())
     blocks = sorted(by_novelty)
+    last = max(step for step, _ in groups)  # of the last file
     print(f"## {'/'.join(run.parts[-2:])}\n\nSolved, of episodes without tips · with tips, by steps:\n")
-    print("| game |" + "".join(f" {block * BLOCK + 1}–{(block + 1) * BLOCK} |" for block in blocks))
+    print("| game |" + "".join(f" {block * BLOCK + 1}–{min((block + 1) * BLOCK, last)} |" for block in blocks))
     print("|---|" + "---|" * len(blocks))
     for (_, number), of_game in sorted(counts.items()):
         cells = [[of_game.get((block, shown), [0, 0]) for shown in (False, True)] for block in blocks]

@@ -1,6 +1,7 @@
 """What becomes of a first success: for each arm, how many games were met (solved once in training, by any episode), how
-many of those were not solved again in the next five steps, and how many were mastered, and when: the first step at
-which half of the tip-free episodes of the last three steps solved it. From the trajectories of runs of equal length.
+many of those were not solved again in the next five steps (by any episode, and by one without tips) and in the next
+ten (without tips), and how many were mastered, and when: the first step at which half of the tip-free episodes of the
+last three steps solved it. From the trajectories of runs of equal length.
 
 python docs/results/coin/first_success.py 60 runs/coin-hard/coin/*/seed-36 …
 """
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from empo2.report.tables import table
 
-AGAIN, WINDOW = 5, 3  #: steps
+AGAIN = ((5, False), (5, True), (10, True))  #: steps, whether only episodes without tips count
+WINDOW = 3  #: steps
 
 Solved = dict[int, list[tuple[bool, bool]]]  # step → (tip-free, success) of each episode of a game
 
@@ -34,6 +36,21 @@ def first_success(solved: Solved) -> int | None:
     return next((step for step in sorted(solved) if any(success for _, success in solved[step])), None)
 
 
+def lost(firsts: list[tuple[int, Solved]], steps: int, tip_free: bool, last: int) -> str:
+    """Games not solved again in the ``steps`` after their first success, of those with as many left to the end."""
+    judged = [(first, solved) for first, solved in firsts if first + steps <= last]
+    count = sum(
+        not any(
+            success
+            for step in range(first + 1, first + steps + 1)
+            for free, success in solved.get(step, ())
+            if free or not tip_free
+        )
+        for first, solved in judged
+    )
+    return f"{count} of {len(judged)}"
+
+
 def mastered(solved: Solved) -> int | None:
     for step in sorted(solved):
         window = [success for s in range(step - WINDOW + 1, step + 1) for free, success in solved.get(s, []) if free]
@@ -49,11 +66,6 @@ def main(last: int, runs: list[Path]) -> None:
     rows = []
     for arm, of_game in arms.items():
         firsts = [(first, solved) for solved in of_game if (first := first_success(solved)) is not None]
-        judged = [(first, solved) for first, solved in firsts if first + AGAIN <= last]
-        lost = sum(
-            not any(success for s in range(first + 1, first + AGAIN + 1) for _, success in solved.get(s, ()))
-            for first, solved in judged
-        )
         waits = [at - first for first, solved in firsts if (at := mastered(solved)) is not None]
         quartiles = statistics.quantiles(waits, n=4) if len(waits) > 1 else []
         rows.append(
@@ -62,12 +74,13 @@ def main(last: int, runs: list[Path]) -> None:
                 str(len(of_game)),
                 str(len(firsts)),
                 f"{statistics.median(first for first, _ in firsts):.0f}" if firsts else "—",
-                f"{lost} of {len(judged)}",
+                *(lost(firsts, steps, tip_free, last) for steps, tip_free in AGAIN),
                 str(len(waits)),
                 " ".join(f"{quartile:.0f}" for quartile in quartiles) or "—",
             ]
         )
-    head = ["arm", "games", "met", "at step (median)", f"not solved again in {AGAIN} steps", "mastered"]
+    again = [f"not solved again in {steps} steps{', without tips' if tip_free else ''}" for steps, tip_free in AGAIN]
+    head = ["arm", "games", "met", "at step (median)", *again, "mastered"]
     print(table([*head, "steps from the first success (quartiles)"], rows, left=1))
 
 

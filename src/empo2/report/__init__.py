@@ -37,6 +37,9 @@ def write(study: Study, folder: Path) -> None:
     curves.draw_diagnostics(study, folder)
     if study.apart:
         curves.draw_arms(study, folder)
+    else:  # an earlier report may have had more arms
+        for ending in (".png", ".svg"):
+            (folder / "arms").with_suffix(ending).unlink(missing_ok=True)
 
 
 def _evaluated(study: Study, measure: str) -> bool:

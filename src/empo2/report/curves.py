@@ -19,8 +19,8 @@ from empo2.report.records import Axis, Record, Study, measure_words
 from empo2.report.statistics import Curve, band
 
 #: of Okabe and Ito's palette, told apart by colour-blind readers; the compared arms take the first two
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-DASHES = ("-", "-", "--", "-.")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+DASHES = ("-", "-", "--", "-.", ":")
 APART = PALETTE[2]  #: the arm of a row of `draw_arms`
 
 MIN_SHADED = 3  #: seeds

@@ -20,7 +20,7 @@ AXIS_HELP: dict[Axis, str] = {
     "seconds": "seconds of training steps; loading the model and evaluations are not counted",
 }
 
-MAX_TOGETHER = 4  #: arms whose curves can be told apart in one panel
+MAX_TOGETHER = 5  #: arms whose curves can be told apart in one panel
 
 _SPENT: dict[Axis, tuple[str, ...]] = {
     "episodes": ("num_episodes",),
