@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from empo2 import models
 from empo2.assemble import assemble
 from empo2.collect import CollectRules
 from empo2.config import from_dict, read_recipe, with_overrides
@@ -50,17 +49,8 @@ def record(turns: int, count: int) -> list[Episode]:
     return episodes
 
 
-def read(turns: int, count: int) -> list[Episode]:
-    """The recorded episodes; plays and keeps them the first time."""
-    path = file_of(turns, count)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, record(turns, count))
+def read(path: Path) -> list[Episode]:
     return [Episode(**found) for found in json.loads(path.read_text())]
-
-
-def file_of(turns: int, count: int) -> Path:
-    return models.cache_folder() / "benchmarks" / f"scienceworld-{turns}-turns-{count}-episodes.json"
 
 
 def write(path: Path, episodes: list[Episode]) -> None:

@@ -1,4 +1,5 @@
-"""One training step of TRL's GRPOTrainer on recorded episodes, timed. Runs in an environment of its own (update.py).
+"""One training step of TRL's GRPOTrainer on recorded episodes, timed. Runs in an environment of its own,
+with torch 2.13.0 and trl 1.16.0; ours on the same file is ../update.py.
 
 ``rows``: each turn is a sample, (prompt, completion); ``conversation``: each episode is one, with everything after the
 first prompt as its completion and an environment mask. Generation is free: `rollout_func` returns what was recorded.
@@ -34,6 +35,9 @@ for number, episode in enumerate(episodes):
             mask[start - first : stop - first] = [1] * (stop - start)
             logprobs[start - first : stop - first] = values
         samples.append((ids[:first], ids[first:last], logprobs, mask, reward))
+
+if len(samples) % int(batch):
+    sys.exit(f"{len(samples)} samples do not make batches of {batch}; give a divisor")
 
 
 def rollout(prompts, trainer):
