@@ -21,6 +21,7 @@ from empo2.errors import TrainingDiverged
 from empo2.learner import Learner
 from empo2.sampler import local
 from empo2.sampler.local import LocalSampler, draw
+from empo2.sampler.packed import PackedLinear, can_pack, load_packed, pack_linears
 from empo2.types import (
     Completion,
     Ending,
@@ -55,11 +56,13 @@ def our_model(seed: int = 0, dtype: torch.dtype = torch.float32):
     return lively(models.load_model(models.TINY, dtype=torch.float32, device="cpu"), seed).to(dtype)
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["many calls", "few calls"], scope="module")
-def few_calls(request):
-    """Everything here holds for the way of a processor and for that of a GPU, which computes padded batches."""
+@pytest.fixture(autouse=True, params=["packed", "processor", "GPU"], scope="module")
+def way(request):
+    """Everything holds for a processor that packs weights, for one that cannot, and for a GPU, which pads batches."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "in_few_calls", lambda _: request.param)
+        patch.setattr(local, "in_few_calls", lambda _: request.param == "GPU")
+        if request.param != "packed":
+            patch.setattr(local, "can_pack", lambda *_: False)
         yield request.param
 
 
@@ -261,6 +264,48 @@ def test_new_weights_drop_the_cache(plain):
     assert sampler.sample(requests[:1], WARM) != old[:1]
     assert sampler.tokens_reused == before
     sampler.load_weights(dict(plain.named_parameters()), 5)
+    sample_and_check(sampler, plain, requests, WARM)
+
+
+def test_weights_are_packed_where_that_can_be(way):
+    model = our_model()
+    packs = can_pack(torch.float32, torch.device("cpu")) and way == "packed"
+    LocalSampler(model, CHAT.tokenizer, STOPS, 1)
+    assert any(isinstance(module, PackedLinear) for module in model.modules()) == packs
+    assert any(isinstance(module, torch.nn.Linear) for module in model.modules()) != packs
+
+
+def test_a_packed_layer_multiplies_as_the_plain_one():
+    if not can_pack(torch.float32, torch.device("cpu")):
+        pytest.skip("no packed products on this processor")
+    plain = torch.nn.Linear(24, 40)
+    holder = torch.nn.ModuleDict({"layer": plain})
+    (packed,) = pack_linears(holder)
+    for rows in (1, 5, 300):
+        hidden = torch.randn(1, rows, 24)
+        torch.testing.assert_close(packed(hidden), plain(hidden))
+    load_packed([packed], {"layer.weight": torch.zeros(40, 24, dtype=torch.float64)})
+    torch.testing.assert_close(packed(torch.randn(1, 3, 24)), plain.bias.expand(1, 3, 40))
+
+
+def test_what_cannot_be_packed_is_found_by_trying():
+    assert not can_pack(torch.float64, torch.device("cpu"))
+    assert not can_pack(torch.float32, torch.device("meta"))
+
+
+def test_slots_that_lie_apart_are_picked_and_near_ones_are_a_view():
+    cpu = torch.device("cpu")
+    assert local._rows_of([2, 5, 3], cpu) == (slice(2, 6), [0, 3, 1])
+    picked, members = local._rows_of([9, 0, 1], cpu)
+    assert picked.tolist() == [9, 0, 1]
+    assert members == [0, 1, 2]
+
+
+@pytest.mark.parametrize("slots", [(0, 1, 2), (2, 0, 1), (0, 2, 3), (3, 1), (0, 9), (9, 0, 4)])
+@pytest.mark.parametrize("opening", [5, 100])
+def test_any_slots_sample_what_a_recomputation_samples(plain, slots, opening):
+    sampler = make_sampler(10)
+    requests = [request(slot, ids(opening) + ids(3 + slot, slot), slot) for slot in slots]
     sample_and_check(sampler, plain, requests, WARM)
 
 

@@ -6,6 +6,7 @@ an ``attend`` object that knows which tokens see which.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -46,13 +47,6 @@ def register() -> None:
     AttentionInterface.register(NAME, _attention)
 
 
-def causal_mask(own: int, seen_before: int, device: torch.device) -> Tensor | None:
-    """True where a token [own] may look [seen_before + own]; None where the plain causal mask of a square says it."""
-    if seen_before == 0:
-        return None
-    return torch.ones(own, seen_before + own, dtype=torch.bool, device=device).tril_(seen_before)
-
-
 def in_few_calls(device: torch.device) -> bool:
     """Whether one attention over many masked pairs is faster than many small ones: a GPU waits for its calls."""
     return device.type != "cpu"
@@ -74,32 +68,106 @@ class AttendSegments:
     """Training: each segment sees its context (shared prefixes) and itself causally, and no other segment."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
-        self.segments = segments
         self._visible = visible(segments).to(device) if in_few_calls(device) else None
-        lengths = [sum(stop - start for start, stop in s.context) for s in segments]
-        self.longest = max(s.stop - s.start + shared for s, shared in zip(segments, lengths, strict=True))
-        if self._visible is None:
-            self._masks = [causal_mask(s.stop - s.start, n, device) for s, n in zip(segments, lengths, strict=True)]
+        self._looks = _looks(segments)
+        self.longest = max(s.stop - s.start + sum(stop - start for start, stop in s.context) for s in segments)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if self._visible is not None:
-            groups = query.shape[1] // key.shape[1]  # repeated, not enable_gqa: the kernels that take a mask do not
-            k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-            return F.scaled_dot_product_attention(query, k, v, attn_mask=self._visible, scale=scale)
-        # split, not slices: the gradient of a slice is a tensor of the whole size, that of a split is one concatenation
-        lengths = [segment.stop - segment.start for segment in self.segments]
-        pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-        parts = []
-        own: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for (q, k, v), segment, mask in zip(pieces, self.segments, self._masks, strict=True):
-            own[segment.start, segment.stop] = k, v
-            if segment.context:
-                shared = [own[part] for part in segment.context]
-                k = torch.cat([*(part for part, _ in shared), k], dim=2)
-                v = torch.cat([*(part for _, part in shared), v], dim=2)
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        if self._visible is None:
+            if torch.is_autocast_enabled(query.device.type):
+                dtype = torch.get_autocast_dtype(query.device.type)
+                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            out: Tensor = _TreeAttention.apply(query, key, value, self._looks, scale)
+            return out
+        groups = query.shape[1] // key.shape[1]  # repeated, not enable_gqa: the kernels that take a mask do not
+        k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return F.scaled_dot_product_attention(query, k, v, attn_mask=self._visible, scale=scale)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """All tokens of ``queries`` look at ``keys``: at all of them, or ``causal``, at those up to themselves."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def _looks(segments: Sequence[Segment]) -> list[_Look]:
+    """Each segment at itself; then, at each segment, all those together that have it in their context.
+
+    As a pack lays its tree out depth first, the latter follow each other.
+    """
+    looks = [_Look(slice(s.start, s.stop), slice(s.start, s.stop), causal=True) for s in segments]
+    seen_until: dict[tuple[int, int], int] = {}
+    for segment in segments:
+        for part in segment.context:
+            if seen_until.setdefault(part, segment.start) != segment.start:
+                raise ValueError(f"the segments that see {part} do not follow each other: {segments}")
+            seen_until[part] = segment.stop
+    first = {part: next(s.start for s in segments if part in s.context) for part in seen_until}
+    return looks + [_Look(slice(first[p], stop), slice(*p), causal=False) for p, stop in seen_until.items()]
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Attention of q [1, H, N, D] to k, v [1, H_kv, N, D] in several looks, on a processor: nothing masked is computed.
+
+    The looks are joined by their log-sum-exps, in float32 or better. With the joint output and log-sum-exp, the
+    gradients of each look are their exact share (as in Ring Attention, Liu et al. 2023). Tokens of one key head's
+    query heads look at a context together, so no key is repeated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, looks: list[_Look], scale: float) -> Tensor:
+        exact = torch.promote_types(query.dtype, torch.float32)
+        out, weight = torch.empty_like(query, dtype=exact), query.new_empty(query.shape[:3], dtype=exact)
+        for look in looks:
+            q, k, v = query[:, :, look.queries], key[:, :, look.keys], value[:, :, look.keys]
+            groups = q.shape[1] // k.shape[1]
+            if look.causal:
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+                out[:, :, look.queries], weight[:, :, look.queries] = _flash(q, k, v, 0.0, True, scale=scale)
+                continue
+            found, found_weight = _flash(_by_key_head(q, groups), k, v, 0.0, False, scale=scale)
+            found, found_weight = found.reshape(q.shape).to(exact), found_weight.reshape(q.shape[:3])
+            before = weight[:, :, look.queries]
+            out[:, :, look.queries].lerp_(found, torch.sigmoid(found_weight - before)[..., None])
+            weight[:, :, look.queries] = torch.logaddexp(before, found_weight)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, weight)
+        ctx.looks, ctx.scale = looks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, out, weight = ctx.saved_tensors
+        exact = weight.dtype
+        grads = [torch.zeros_like(tensor, dtype=exact) for tensor in (query, key, value)]
+        for look in ctx.looks:
+            k, v = key[:, :, look.keys], value[:, :, look.keys]
+            g, q, o, w = (tensor[:, :, look.queries] for tensor in (grad, query, out, weight))
+            groups = q.shape[1] // k.shape[1]
+            if look.causal:
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+                of_q, of_k, of_v = _flash_backward(g, q, k, v, o, w, 0.0, True, scale=ctx.scale)
+                of_k, of_v = (tensor.unflatten(1, (-1, groups)).sum(2) for tensor in (of_k, of_v))
+            else:
+                folded = (_by_key_head(tensor, groups) for tensor in (g, q))
+                of_q, of_k, of_v = _flash_backward(
+                    *folded, k, v, _by_key_head(o, groups), _by_key_head(w, groups), 0.0, False, scale=ctx.scale
                 )
-            )
-        return torch.cat(parts, dim=2)
+                of_q = of_q.reshape(q.shape)
+            grads[0][:, :, look.queries] += of_q
+            grads[1][:, :, look.keys] += of_k
+            grads[2][:, :, look.keys] += of_v
+        of_query, of_key, of_value = (g.to(t.dtype) for g, t in zip(grads, (query, key, value), strict=True))
+        return of_query, of_key, of_value, None, None
+
+
+def _by_key_head(tensor: Tensor, groups: int) -> Tensor:
+    """[1, H, n, …] → [1, H_kv, groups · n, …]: the query heads of one key head end to end."""
+    return tensor.unflatten(1, (-1, groups)).flatten(2, 3)
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -16,10 +16,12 @@ from torch import Tensor
 from empo2 import streams
 from empo2.attention import in_few_calls
 from empo2.errors import TrainingDiverged
+from empo2.sampler.packed import can_pack, load_packed, pack_linears
 from empo2.sequences import common_prefix
 from empo2.types import Completion, SampleRequest, SamplingParams, TokenIds
 
 WORTH_SHARING = 64  #: tokens of a common prefix that are attended to in one call for all rows
+MOST_SPREAD = 2  #: rows of the cache that are looked at for each one that is needed, so that none is copied
 MOST_PADDED = 4096  #: tokens, padding included, of a batch of chunks that have several each
 WORTH_COPYING = 16  #: tokens by which another slot's prefix must be longer than the own one
 
@@ -76,22 +78,23 @@ class _AttendCache:
     def __init__(self, cache: _KVCache, chunks: Sequence[_Chunk], shared: int, device: torch.device) -> None:
         self._cache, self._chunks, self._shared = cache, chunks, shared
         self.longest = max(c.past + c.stop - c.start for c in chunks)
-        self._slots = torch.tensor([chunk.slot for chunk in chunks], device=device)
         sizes = [chunk.stop - chunk.start for chunk in chunks]
         self._width = max(sizes)
         self._batched = self._width == 1 or (in_few_calls(device) and self._width * len(chunks) <= MOST_PADDED)
         dtype = cache.keys[0].dtype
         if self._batched:
-            places = [
-                [chunk.past + min(n, size - 1) for n in range(self._width)]
-                for chunk, size in zip(chunks, sizes, strict=True)
-            ]
-            seen = torch.tensor(places, device=device)
+            self._slots, self._members = _rows_of([chunk.slot for chunk in chunks], device)
+            self._num_rows = max(self._members) + 1
+            self._one_each = self._width == 1 and self._members == list(range(self._num_rows))
+            seen = torch.full((self._num_rows, self._width), self.longest)
+            for member, chunk, size in zip(self._members, chunks, sizes, strict=True):
+                seen[member] = chunk.past + torch.arange(self._width).clamp(max=size - 1)
+            seen = seen.to(device)
             self._masks = [_additive(torch.arange(shared, self.longest, device=device) > seen[:, None, :, None], dtype)]
-            self._member = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)], device=device)
-            self._row = torch.tensor([n for size in sizes for n in range(size)], device=device)
+            pairs = zip(self._members, chunks, sizes, strict=True)
+            places = [(member, row, chunk.slot) for member, chunk, size in pairs for row in range(size)]
+            self._member, self._row, self._slot = torch.tensor(places, device=device).unbind(1)
             self._place = seen[self._member, self._row]
-            self._slot = self._slots[self._member]
         else:
             self._masks = [_additive(~_seen(chunk, shared, device), dtype) for chunk in chunks]
 
@@ -132,18 +135,29 @@ class _AttendCache:
         return torch.cat([out for out, _ in parts], dim=2), torch.cat([weight for _, weight in parts], dim=2)
 
     def _spread(self, query: Tensor) -> Tensor:
-        """[1, H, N, D] → chunks [B, H, width, D], padded with zeros."""
-        if self._width == 1:
+        """[1, H, N, D] → rows of slots [B, H, width, D], padded with zeros."""
+        if self._one_each:
             return query.transpose(0, 2)
-        spread = query.new_zeros(len(self._chunks), query.shape[1], self._width, query.shape[3])
+        spread = query.new_zeros(self._num_rows, query.shape[1], self._width, query.shape[3])
         spread[self._member, :, self._row] = query[0].transpose(0, 1)
         return spread
 
     def _gathered(self, found: Tensor) -> Tensor:
-        """Of chunks [B, H, width, …] → [1, H, N, …]."""
-        if self._width == 1:
+        """Of rows of slots [B, H, width, …] → [1, H, N, …]."""
+        if self._one_each:
             return found.transpose(0, 2)
         return found[self._member, :, self._row].transpose(0, 1)[None]
+
+
+def _rows_of(slots: Sequence[int], device: torch.device) -> tuple[slice | Tensor, list[int]]:
+    """What to take of a cache to have these slots, and where each then is.
+
+    Slots that lie close together are a view, with some rows too many; picking rows would copy them.
+    """
+    first, last = min(slots), max(slots)
+    if last - first < MOST_SPREAD * len(slots):
+        return slice(first, last + 1), [slot - first for slot in slots]
+    return torch.tensor(slots, device=device), list(range(len(slots)))
 
 
 def _seen(chunk: _Chunk, shared: int, device: torch.device) -> Tensor:
@@ -191,8 +205,9 @@ class LocalSampler:
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
-        self._device = next(model.parameters()).device
-        self._cache = _KVCache(model.config, num_slots, next(model.parameters()).dtype, self._device)
+        self._device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+        self._cache = _KVCache(model.config, num_slots, dtype, self._device)
+        self._packed = pack_linears(model) if can_pack(dtype, self._device) else []
         self._cached: list[TokenIds] = [()] * num_slots
         self.version = 0
         self.tokens_computed = 0  #: tokens that went through the model
@@ -203,6 +218,7 @@ class LocalSampler:
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(weights[name])
+        load_packed(self._packed, weights)
         self._cache.clear()
         self.forget()
         self.version = version
