@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import oracles
 from empo2 import attention as attentions
+from empo2 import learner as learners
 from empo2 import losses, models, sequences
 from empo2.config import LearnerConfig, LossConfig
 from empo2.errors import TrainingDiverged, UsageError
@@ -236,10 +237,18 @@ LOSSES = {
 }
 
 
+def in_parts(patch: pytest.MonkeyPatch, places: int = 3) -> None:
+    """Logits of so many places at once."""
+    patch.setattr(learners, "MOST_LOGITS", places * VOCABULARY)
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["logits at once", "in parts"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_update_equals_the_slow_oracle(name, precision):
+def test_update_equals_the_slow_oracle(name, precision, parts, monkeypatch):
     """Loss, gradients and figures; sequences share a prefix, every kind of clipping and masking occurs."""
     dtype, attention, tolerance = precision
+    if parts:
+        in_parts(monkeypatch)
     loss = LOSSES[name]
     reference = models.load_model(models.TINY, dtype=dtype, device="cpu", seed=1) if loss.kl else None
     learner = make_learner(dtype=dtype, loss=loss, reference=reference)
@@ -327,8 +336,11 @@ def test_loss_equals_the_oracle_in_plain_floats(name):
     assert updated(learner, batch, behavior)[0].loss == pytest.approx(expected, abs=1e-6)
 
 
-def test_logprobs_equal_a_plain_forward(precision):
+@pytest.mark.parametrize("parts", [False, True], ids=["logits at once", "in parts"])
+def test_logprobs_equal_a_plain_forward(precision, parts, monkeypatch):
     dtype, attention, _ = precision
+    if parts:
+        in_parts(monkeypatch)
     batch = batch_of(play_group(Mode.WITH_TIPS, size=6))
     model = plain_model(dtype, attention)
     found = make_learner(dtype=dtype).logprobs(batch)
@@ -601,6 +613,48 @@ def test_only_the_last_layers_learn_and_their_gradients_are_those_of_the_whole_m
     moved = {name for name, weight in last.weights().items() if not torch.equal(weight, before[name])}
     assert moved == set(gradients)
     assert {name.rpartition("/")[0] for name in last.optimizer_tensors()} == moved
+
+
+def test_so_many_logits_at_once_as_are_allowed(monkeypatch):
+    in_parts(monkeypatch, 7)
+    computed = []
+    learner = make_learner()
+    inner = learner._logits
+    monkeypatch.setattr(learner, "_logits", lambda model, hidden: computed.append(len(hidden)) or inner(model, hidden))
+    updated(learner, batch_of(play_group(Mode.PLAIN)))
+    assert len(computed) > 2
+    assert max(computed) == 7
+
+
+@pytest.mark.parametrize("last_layers", [0, 1])
+def test_recomputed_layers_give_the_same_gradients_bit_for_bit(last_layers, monkeypatch):
+    batch = batch_of(play_group(Mode.PLAIN))
+    expected = updated(make_learner(last_layers=last_layers), batch)
+    learner = make_learner(last_layers=last_layers)
+    models.recompute_layers(learner.model)
+    layer, calls = learner.model.get_decoder().layers[1].self_attn, []
+    inner = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs))
+    learner.prepare(batch)
+    stats, gradients = updated(learner, batch)
+    assert len(calls) == 2  # once more for the gradients
+    assert stats.loss == expected[0].loss
+    assert distance(gradients, expected[1]) == 0
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_gradients_for_any_length():
+    learner = make_learner()
+    models.compile_layers(learner.model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for size in (2, 3, 5):
+        batch = batch_of(play_group(Mode.PLAIN, size=size))
+        (stats, gradients), expected = updated(learner, batch), updated(make_learner(), batch)
+        assert stats.loss == pytest.approx(expected[0].loss, abs=1e-6)
+        assert distance(gradients, expected[1]) <= 1e-5
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < compiled <= 6, "each length was compiled for itself"
 
 
 def test_more_layers_than_there_are_is_refused():

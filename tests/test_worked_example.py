@@ -23,7 +23,7 @@ from empo2.advantages import episode_return, group_advantages
 from empo2.algorithms import group_relative
 from empo2.config import Config, EnvConfig, LearnerConfig, LossConfig, MemoryConfig, NoveltyConfig
 from empo2.episode import LiveEpisode, PromptRules
-from empo2.learner import Learner
+from empo2.learner import Learner, _Part
 from empo2.memory import NewTip, Retrieval, TipMemory, scope_of
 from empo2.novelty import NoveltyCounter, Visited
 from empo2.store import open_store
@@ -301,15 +301,20 @@ class Table(torch.nn.Module):
 
 
 class TableLearner(Learner):
-    """Its "logits" are the whole table, a row a token, whose one column is the log-prob."""
+    """Its "hidden states" are the table's log-probs, one a token; of two words the sampled one has it."""
 
-    def _logits(self, model, packed):
-        return model.rows.reshape(-1, 1)
-
-    def _token_logprobs(self, logits, packed):
+    def _hidden(self, model, packed):
         keys = [span.key for sequence in packed.sequences for span in sequence.spans]
         first = [6 * key.episode + 2 * key.turn for key in keys]
-        return logits[[row + token for row in first for token in (0, 1)], 0]
+        return model.rows.reshape(-1, 1)[[row + token for row in first for token in (0, 1)]]
+
+    def _logits(self, model, hidden):
+        return torch.cat([hidden, torch.log1p(-hidden.exp())], dim=1)
+
+    def _parts(self, packed):
+        tokens = list(range(len(packed.targets)))
+        words = torch.zeros(len(tokens), dtype=torch.long)
+        yield _Part(places=slice(None), tokens=tokens, rows=torch.tensor(tokens), targets=words)
 
 
 @pytest.mark.parametrize("setting", ["plain", "behavior"])

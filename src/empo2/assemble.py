@@ -271,6 +271,10 @@ def _learner(config: Config, device: str) -> Learner:
     model = load()
     if config.learner.last_layers:
         models.train_last_layers(model, config.learner.last_layers)
+    if config.learner.compile:
+        models.compile_layers(model)
+    if config.learner.recompute:
+        models.recompute_layers(model)
     return Learner(
         model,
         config.learner,

@@ -218,6 +218,12 @@ class LearnerConfig:
     last_layers: int = 0
     """Only so many of the last transformer layers (and the final norm) learn, which costs less time and memory; 0: the
     whole model learns."""
+    recompute: bool = False
+    """Keep only what goes into each layer and compute the rest anew for the gradients ("activation checkpointing"):
+    a third more time, a fraction of the memory."""
+    compile: bool = False
+    """Compile the layers (torch.compile; half a minute at the start, needs a C++ compiler): what it gains is in
+    docs/performance.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

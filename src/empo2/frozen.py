@@ -46,7 +46,7 @@ class FrozenLayers:
             return hidden
 
         decoder = self._model.get_decoder()
-        with _replaced(decoder.layers[len(self.layers) :], keep):
+        with replaced(decoder.layers[len(self.layers) :], keep):
             decoder(**inputs)
         before = sum(len(hidden) for hidden in self._hidden)
         self._hidden.append(found[0])
@@ -69,17 +69,21 @@ class FrozenLayers:
         def known(*_: Any, **__: Any) -> Tensor:
             return hidden
 
-        with _replaced(model.get_decoder().layers[: len(self.layers)], known):
+        with replaced(model.get_decoder().layers[: len(self.layers)], known):
             yield
 
 
 @contextmanager
-def _replaced(layers: Sequence[Any], forward: Any) -> Iterator[None]:
-    """Within, the layers compute ``forward``."""
-    for layer in layers:
-        layer.forward = forward
+def replaced(modules: Sequence[Any], forward: Any) -> Iterator[None]:
+    """Within, the modules compute ``forward``."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = forward
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

@@ -3,19 +3,22 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from empo2 import losses
 from empo2.attention import AttendSegments
 from empo2.config import LearnerConfig, LossConfig
 from empo2.errors import TrainingDiverged
-from empo2.frozen import FrozenLayers
+from empo2.frozen import FrozenLayers, replaced
 from empo2.sequences import Pack, pack
 from empo2.types import SpanKey, TrainingSequence
+
+MOST_LOGITS = 2**25  #: computed at once, of a vocabulary at some places: 128 MB in float32, and a few copies of that
 
 Logprobs = dict[SpanKey, tuple[float, ...]]  #: log-probs of a completion's tokens, by the turn they belong to
 
@@ -134,7 +137,12 @@ class Learner:
         """Log-probs of all completions under the current weights."""
         found: Logprobs = {}
         for packed in pack(sequences, self._config.micro_batch_tokens):
-            values = self._token_logprobs(self._logits(self.model, packed), packed).tolist()
+            hidden = self._hidden(self.model, packed)
+            values = [0.0] * len(packed.targets)
+            for part in self._parts(packed):
+                logits = self._logits(self.model, hidden[part.places])
+                for token, value in zip(part.tokens, part.logprobs(logits).tolist(), strict=True):
+                    values[token] = value
             for span in _spans(packed):
                 count = span.stop - span.start
                 found[span.key], values = tuple(values[:count]), values[count:]
@@ -193,19 +201,34 @@ class Learner:
         weight_of: Mapping[SpanKey, float],
         sums: _Sums,
     ) -> None:
-        """Forward and backward of one micro-batch."""
+        """Forward and backward of one micro-batch: its logits part by part, then the layers below at once."""
+        hidden = self._hidden(self.model, packed)
+        reference = None
+        if self._loss.kl > 0 and any(sequence.held for sequence in packed.sequences):
+            # on the same pack, so that the term is exactly 0 as long as the policy is the reference
+            with torch.no_grad():
+                reference = self._hidden(self._reference, packed)
+        columns = _Columns.of(packed, behavior, weight_of, hidden)
+        above = hidden.detach().requires_grad_()
+        for part in self._parts(packed):
+            self._add_up(part, above, reference, columns.at(part.tokens), sums)
+        hidden.backward(above.grad)
+
+    def _add_up(
+        self, part: "_Part", hidden: Tensor, reference_hidden: Tensor | None, columns: "_Columns", sums: _Sums
+    ) -> None:
+        """The loss of some completion tokens, and its gradient down to ``hidden``."""
         loss = self._loss
-        logits = self._logits(self.model, packed)
-        rows = torch.tensor(packed.logit_rows, device=self._device)
-        logprobs = self._token_logprobs(logits, packed)
-        entropies = losses.entropy(logits if loss.entropy > 0 else logits.detach())[rows]
+        logits = self._logits(self.model, hidden[part.places])
+        logprobs = part.logprobs(logits)
+        entropies = losses.entropy(logits if loss.entropy > 0 else logits.detach())[part.rows]
         current = logprobs.detach()
-        columns = _Columns.of(packed, behavior, weight_of, current)
         kept = torch.ones_like(columns.maskable)
         if loss.delta > 0:
             kept = losses.probable_enough(logprobs, loss.delta) | ~columns.maskable
         # cut a dropped token off before the exponential: its ratio may be infinite, and 0 · inf is NaN
-        ratio = losses.importance_ratio(torch.where(kept, logprobs, current), columns.behavior)
+        denominators = torch.where(columns.has_behavior, columns.behavior, current)
+        ratio = losses.importance_ratio(torch.where(kept, logprobs, current), denominators)
         policy, clipped = losses.clipped_policy_loss(
             ratio,
             columns.advantages,
@@ -214,15 +237,14 @@ class Learner:
             dual_clip=loss.dual_clip,
         )
         per_token = torch.where(kept, policy, torch.zeros_like(policy)) - loss.entropy * entropies
-        if loss.kl > 0 and any(sequence.held for sequence in packed.sequences):
-            # on the same pack, so that the term is exactly 0 as long as the policy is the reference
+        if reference_hidden is not None:
             with torch.no_grad():
-                reference = self._logits(self._reference, packed)
+                reference = self._logits(self._reference, reference_hidden[part.places])
             if loss.kl_estimator == "exact":
-                divergence = losses.divergence(logits, reference)[rows]
+                divergence = losses.divergence(logits, reference)[part.rows]
             else:
                 # a token that is not held is set to the policy's own before the exponential, as above
-                expected = torch.where(columns.held, self._token_logprobs(reference, packed), logprobs.detach())
+                expected = torch.where(columns.held, part.logprobs(reference), logprobs.detach())
                 divergence = losses.k3_divergence(logprobs, expected)
             divergence = torch.where(columns.held, divergence, torch.zeros_like(divergence))
             per_token = per_token + loss.kl * divergence
@@ -242,20 +264,33 @@ class Learner:
             sums.gap_tokens += len(gaps)
             sums.gap_max = max(sums.gap_max, float(gaps.max()))
 
-    def _logits(self, model: Any, packed: Pack) -> Tensor:
-        """Logits / temperature at a pack's ``logit_positions``, [places, V], float32 (float64 of a float64 model)."""
+    def _hidden(self, model: Any, packed: Pack) -> Tensor:
+        """What the decoder gives at a pack's ``logit_positions``, [places, D]."""
         self.tokens_computed += len(packed.token_ids)
         keep = torch.tensor(packed.logit_positions, device=self._device)
         with self._autocast(), self._frozen.given(model, packed):
-            out = model(**self._inputs(packed), logits_to_keep=keep)
-        logits = out.logits[0]
+            found: Tensor = model.get_decoder()(**self._inputs(packed)).last_hidden_state[0, keep]
+        return found
+
+    def _logits(self, model: Any, hidden: Tensor) -> Tensor:
+        """Logits / temperature above the decoder, [n, D] → [n, V], float32 (float64 of a float64 model)."""
+
+        def known(*_: Any, **__: Any) -> Any:
+            return BaseModelOutputWithPast(last_hidden_state=hidden[None])
+
+        with self._autocast(), replaced([model.get_decoder()], known):
+            logits: Tensor = model(use_cache=False).logits[0]
         return (logits if logits.dtype == torch.float64 else logits.float()) / self._temperature
 
-    def _token_logprobs(self, logits: Tensor, packed: Pack) -> Tensor:
-        """Log-probs of a pack's completion tokens, [places, V] → [N]."""
-        rows = torch.tensor(packed.logit_rows, device=self._device)
-        targets = torch.tensor(packed.targets, device=self._device)
-        return torch.log_softmax(logits, dim=-1)[rows, targets]
+    def _parts(self, packed: Pack) -> "Iterator[_Part]":
+        """A pack's completion tokens, so many at once as have `MOST_LOGITS` logits."""
+        size = max(1, MOST_LOGITS // self.model.config.vocab_size)
+        for start in range(0, len(packed.logit_positions), size):
+            places = slice(start, start + size)
+            tokens = [n for n, row in enumerate(packed.logit_rows) if start <= row < start + size]
+            rows = torch.tensor([packed.logit_rows[n] - start for n in tokens], device=self._device)
+            targets = torch.tensor([packed.targets[n] for n in tokens], device=self._device)
+            yield _Part(places=places, tokens=tokens, rows=rows, targets=targets)
 
     def _inputs(self, packed: Pack) -> dict[str, Any]:
         return {
@@ -272,11 +307,26 @@ class Learner:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Some completion tokens of a pack, ``tokens`` of [N], and the places whose logits they are drawn from."""
+
+    places: slice  # of the pack's logit positions
+    tokens: list[int]
+    rows: Tensor  # of the places' logits, one a token
+    targets: Tensor
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """Log-probs of the tokens, [places, V] → [tokens]."""
+        return torch.log_softmax(logits, dim=-1)[self.rows, self.targets]
+
+
+@dataclass(frozen=True)
 class _Columns:
-    """What the loss needs beside the log-probs, one value a completion token of a pack, [N]."""
+    """What the loss needs beside the log-probs, one value a completion token, [N]."""
 
     advantages: Tensor
     behavior: Tensor
+    has_behavior: Tensor  # False: the denominator is the current log-prob
     weights: Tensor
     maskable: Tensor
     held: Tensor  # the KL term counts
@@ -289,36 +339,43 @@ class _Columns:
         packed: Pack,
         behavior: Mapping[SpanKey, Sequence[float]],
         weight_of: Mapping[SpanKey, float],
-        current: Tensor,
+        like: Tensor,
     ) -> "_Columns":
+        """The columns of a pack, on the device of ``like`` and at least in float32."""
         advantages: list[float] = []
         weights: list[float] = []
         maskable: list[bool] = []
         held: list[bool] = []
         sampled: list[float] = []
         was_sampled: list[bool] = []
-        denominators = current.clone()
+        denominators: list[float] = []
+        has_behavior: list[bool] = []
         for sequence in packed.sequences:
             for span in sequence.spans:
-                start, count = len(advantages), span.stop - span.start
+                count = span.stop - span.start
                 advantages += [span.advantage] * count
                 weights += [weight_of[sequence.spans[0].key]] * count
                 maskable += [sequence.masks_improbable] * count
                 held += [sequence.held] * count
                 sampled += span.sampler_logprobs or [0.0] * count
                 was_sampled += [span.sampler_logprobs is not None] * count
-                if span.key in behavior:
-                    denominators[start : start + count] = torch.tensor(behavior[span.key], dtype=current.dtype)
-        options: Any = {"dtype": current.dtype, "device": current.device}
+                denominators += behavior.get(span.key, [0.0] * count)
+                has_behavior += [span.key in behavior] * count
+        options: Any = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
         return cls(
             advantages=torch.tensor(advantages, **options),
-            behavior=denominators,
+            behavior=torch.tensor(denominators, **options),
+            has_behavior=torch.tensor(has_behavior, device=like.device),
             weights=torch.tensor(weights, **options),
-            maskable=torch.tensor(maskable, device=current.device),
-            held=torch.tensor(held, device=current.device),
+            maskable=torch.tensor(maskable, device=like.device),
+            held=torch.tensor(held, device=like.device),
             sampled=torch.tensor(sampled, **options),
-            was_sampled=torch.tensor(was_sampled, device=current.device),
+            was_sampled=torch.tensor(was_sampled, device=like.device),
         )
+
+    def at(self, tokens: Sequence[int]) -> "_Columns":
+        chosen = torch.tensor(tokens, device=self.weights.device)
+        return _Columns(**{column.name: getattr(self, column.name)[chosen] for column in fields(self)})
 
 
 def _spans(packed: Pack) -> Iterator[Any]:

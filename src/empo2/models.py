@@ -293,6 +293,24 @@ def train_last_layers(model: Any, count: int) -> None:
     decoder.norm.requires_grad_(True)
 
 
+def compile_layers(model: Any) -> None:
+    """Compile each transformer layer around its attention, once for all lengths; half a minute at its first use."""
+    import torch
+
+    for layer in model.get_decoder().layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep only what goes into each transformer layer; what it computes inside is computed anew for its gradient."""
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    for layer in model.get_decoder().layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
 def context_length(model_config: Any) -> int:
     """Most tokens a model can attend to (its config's, not its tokenizer's).
 
