@@ -16,7 +16,7 @@ LAYERS = [
     {"episode", "examples", "collect", "run", "algorithms", "walks", "lessons"},
     {"update", "metrics", "precision", "assemble", "doctor"},
     {"train", "evaluate", "display", "report"},
-    {"warmup", "experiment"},
+    {"warmup", "experiment", "bench"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -98,3 +98,18 @@ def test_in_bfloat16_the_looks_are_joined_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = AttendSegments(DEEP, CPU)(0, tensors[0].float(), tensors[1].float(), tensors[2], 0.3)
     assert torch.equal(mixed, found)
+
+
+@pytest.mark.parametrize("count", [1, 3, attention.FEW, attention.FEW + 1])
+@pytest.mark.parametrize("few_calls", [False, True])
+def test_sequences_without_a_common_prefix(count, few_calls, monkeypatch):
+    monkeypatch.setattr(attention, "in_few_calls", lambda _: few_calls)
+    segments = packed([[n] * (20 + n) for n in range(count)])
+    assert len(segments) == count
+    assert AttendSegments(segments, CPU)._apart == (few_calls and count <= attention.FEW)
+    compare(segments, dtype=torch.float64, tolerance=1e-12)
+
+
+def test_a_shared_prefix_is_masked_where_calls_are_dear(monkeypatch):
+    monkeypatch.setattr(attention, "in_few_calls", lambda _: True)
+    compare(DEEP, dtype=torch.float64, tolerance=1e-12)

@@ -7,6 +7,7 @@ an ``attend`` object that knows which tokens see which.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from empo2.errors import UsageError
 from empo2.sequences import Segment
 
 NAME = "empo2"  #: value of ``attn_implementation``
+FEW = 8  #: sequences without a common prefix that get a call each where calls are dear: no pair of theirs is masked
 
 
 class Attend(Protocol):
@@ -69,11 +71,17 @@ class AttendSegments:
     """Training: each segment sees its context (shared prefixes) and itself causally, and no other segment."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
-        self._visible = visible(segments).to(device) if in_few_calls(device) else None
+        self._lengths = [segment.stop - segment.start for segment in segments]
+        self._apart = in_few_calls(device) and len(segments) <= FEW and not any(s.context for s in segments)
+        self._visible = visible(segments).to(device) if in_few_calls(device) and not self._apart else None
         self._looks = _looks(segments)
         self.longest = max(s.stop - s.start + sum(stop - start for start, stop in s.context) for s in segments)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self._apart:
+            pieces = zip(*(tensor.split(self._lengths, 2) for tensor in (query, key, value)), strict=True)
+            attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True, scale=scale)
+            return torch.cat([attend(q, k, v) for q, k, v in pieces], dim=2)
         if self._visible is None:
             if torch.is_autocast_enabled(query.device.type):
                 dtype = torch.get_autocast_dtype(query.device.type)

@@ -9,14 +9,14 @@ Left out on purpose: which ids are trained (sequences.py), the objective (losses
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from empo2 import metrics, prompts, streams
-from empo2.algorithms import algorithm, returns_of
+from empo2.algorithms import Advantages, algorithm, returns_of
 from empo2.assemble import Parts
 from empo2.collect import CollectRules
 from empo2.config import Config
@@ -27,7 +27,7 @@ from empo2.modes import draw_modes
 from empo2.novelty import Visited
 from empo2.run import Checkpoint, RunFolder
 from empo2.types import EpisodeKey, EpisodePlan, Task, TrajectoryGroup
-from empo2.update import update_policy
+from empo2.update import StepUpdate, update_policy
 
 
 class Observer(Protocol):
@@ -43,9 +43,7 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
 
     ``stop`` is asked after each step; where it says True, the step is saved and training ends.
     """
-    config, learner = parts.config, parts.learner
-    assert learner is not None
-    advantages_of = algorithm(config).advantages
+    config = parts.config
     step, version = resume(parts, run)
     if step < config.train.steps:
         parts.pool.warm(parts.train_tasks[0])
@@ -54,32 +52,20 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
     ending = step == config.train.steps
     while not ending:
         step += 1
-        watch = metrics.Stopwatch()
-        faults = replace(parts.pool.counters)
-        groups = collect_groups(parts, step)
-        watch.lap("collect")
-        groups = add_novelty(parts, groups)
-        returns = [returns_of(group, config) for group in groups]
-        advantages = [advantages_of(group, config) for group in groups]
-        watch.lap("other")
-        update = update_policy(learner, groups, advantages, config, step)
-        watch.lap("train")
         version += 1
-        parts.collector.sampler.load_weights(learner.weights(), version)
-        watch.lap("other")
-        remember(parts, groups, step)
-        watch.lap("remember")
-        run.write_trajectories(step, groups, returns, advantages, parts.tokenizer.decode)
-        watch.lap("other")
+        faults = replace(parts.pool.counters)
+        taken = take_step(parts, step, version)
+        run.write_trajectories(step, taken.groups, taken.returns, taken.advantages, parts.tokenizer.decode)
+        taken.watch.lap("other")
         result = {
             "step": step,
             "policy_version": version,
-            **metrics.of_collection(groups, returns),
+            **metrics.of_collection(taken.groups, taken.returns),
             "distinct_states": parts.novelty.distinct_states(),
             "memory_entries": parts.memory.size(),
-            **metrics.of_update(update),
+            **metrics.of_update(taken.update),
             **metrics.of_faults(parts.pool.counters, faults),
-            **metrics.of_time(parts.collector.counters, watch.seconds),
+            **metrics.of_time(parts.collector.counters, taken.watch.seconds),
         }
         if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
             result |= record_evaluation(parts, run, observer, step)
@@ -89,6 +75,38 @@ def train(parts: Parts, run: RunFolder, observer: Observer, stop: Callable[[], b
         if ending or step % config.train.checkpoint_every == 0:
             save(parts, run, step, version)
     return run.checkpoints()[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenStep:
+    """What a training step went through; returns and advantages by group. ``watch``: where its time went."""
+
+    groups: list[TrajectoryGroup]
+    returns: list[list[float]]
+    advantages: list[Advantages]
+    update: StepUpdate
+    watch: metrics.Stopwatch
+
+
+def take_step(parts: Parts, step: int, version: int) -> TakenStep:
+    """One training step, from drawing modes to remembering; the sampler's weights are then those of ``version``."""
+    config, learner = parts.config, parts.learner
+    assert learner is not None
+    advantages_of = algorithm(config).advantages
+    watch = metrics.Stopwatch()
+    groups = collect_groups(parts, step)
+    watch.lap("collect")
+    groups = add_novelty(parts, groups)
+    returns = [returns_of(group, config) for group in groups]
+    advantages = [advantages_of(group, config) for group in groups]
+    watch.lap("other")
+    update = update_policy(learner, groups, advantages, config, step)
+    watch.lap("train")
+    parts.collector.sampler.load_weights(learner.weights(), version)
+    watch.lap("other")
+    remember(parts, groups, step)
+    watch.lap("remember")
+    return TakenStep(groups=groups, returns=returns, advantages=advantages, update=update, watch=watch)
 
 
 def choose_tasks(tasks: Sequence[Task], config: Config, step: int) -> list[Task]:
