@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import psutil
@@ -82,8 +83,8 @@ def parts_of(config: Config, seconds: float, *, with_learner: bool = False) -> P
     return assembling.assemble(config, ":memory:", with_learner=with_learner)
 
 
-def collected(parts: Parts, tasks: Sequence[Task], episodes: int, repeats: int = 3) -> float:
-    """Seconds of collecting ``episodes``, the median."""
+def collected(parts: Parts, tasks: Sequence[Task], episodes: int, repeats: int = 3) -> list[float]:
+    """Seconds of collecting ``episodes``, ``repeats`` times after a first time that warms up."""
     config = parts.config
     rules = CollectRules(purpose="train", seed=0, temperature=0.7, max_turns=config.env.max_turns)
     taken = []
@@ -93,7 +94,7 @@ def collected(parts: Parts, tasks: Sequence[Task], episodes: int, repeats: int =
         started = time.perf_counter()
         parts.collector.collect(plans, rules)
         taken.append(time.perf_counter() - started)
-    return sorted(taken[1:])[len(taken[1:]) // 2]
+    return taken[1:]
 
 
 def sleep(seconds: float = 0.05) -> None:
@@ -103,10 +104,12 @@ def sleep(seconds: float = 0.05) -> None:
         for name, pause in (("generation alone", 0.0), ("together", seconds)):
             parts = parts_of(config, pause)
             try:
-                found[f"{name}, {'two halves' if overlap else 'one batch'}"] = collected(parts, parts.train_tasks, 8)
+                found[f"{name}, {'two halves' if overlap else 'one batch'}"] = median(
+                    collected(parts, parts.train_tasks, 8)
+                )
                 if pause:
                     parts.collector.sampler = Instant((*parts.tokenizer.encode("look"), parts.tokenizer.eos_token_id))
-                    found["environments alone"] = collected(parts, parts.train_tasks, 8)
+                    found["environments alone"] = median(collected(parts, parts.train_tasks, 8))
             finally:
                 parts.close()
     for name, value in found.items():
@@ -122,8 +125,9 @@ def scienceworld() -> None:
     try:
         parts.pool.warm(parts.train_tasks[0])
         collected(parts, parts.train_tasks, config.env.live, repeats=0)
-        before, started = processor_seconds(), time.perf_counter()
-        collected(parts, parts.train_tasks, config.env.live, repeats=3)
+        before = processor_seconds()
+        started = time.perf_counter()
+        collected(parts, parts.train_tasks, config.env.live, repeats=2)
         seconds, used = time.perf_counter() - started, processor_seconds() - before
     finally:
         parts.close()

@@ -80,3 +80,12 @@ def test_committed_results_are_those_of_their_experiment_file(study: Path):
     assert found
     for cell, path in found:
         assert differences(cell.recipe, read_toml(path)) == [], path
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "performance.md"], ids=lambda p: p.name)
+def test_benchmarks_named_in_the_docs_are_those_that_are_there(page: Path):
+    """Each that a person runs; the others are run by them."""
+    named = set(re.findall(r"benchmarks/(\w+\.(?:py|sh))", page.read_text()))
+    there = {path.name for path in (ROOT / "benchmarks").iterdir() if path.suffix in (".py", ".sh")}
+    parts = {"episodes.py", "update.py", "sampling.py", "side_by_side.py", "gpu.py"}
+    assert named == there - parts
