@@ -1,13 +1,14 @@
 """One update on recorded ScienceWorld episodes, ours and TRL's in two forms, one after another; ratios of medians.
 
 The same model, episodes, precision and threads; all layers train, no KL term. The first step of each is not counted
-where there are others. TRL trains its rows and conversations in the largest batch that 24 GB of memory hold.
+where there are others. Conversations go one by one: four of ten turns did not fit into 24 GB of memory.
 
 python benchmarks/beside_trl.py --episodes 8 --turns 10 --updates 3 --conversation-steps 2 --rows-steps 1
 """
 
 import argparse
 import sys
+from statistics import median
 
 from side_by_side import FOLDER, peer_python, row, run
 
@@ -32,7 +33,7 @@ if not episodes.exists():
 dtype = precision.fastest("cpu")
 found = run(sys.executable, "update.py", episodes, dtype, asked.threads, asked.micro_batch_tokens, asked.updates)
 ours = found["seconds"][1:] or found["seconds"]
-of = sorted(ours)[len(ours) // 2]
+of = median(ours)
 print({key: value for key, value in found.items() if key != "seconds"} | {"precision": dtype})
 print(row("ours", ours, of), flush=True)
 for form, steps, batch in (

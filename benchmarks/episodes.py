@@ -81,6 +81,15 @@ def training_sequences(episodes: list[Episode]) -> list[TrainingSequence]:
     ]
 
 
+def spaced_sequences(rows: list[list[int]], said: int, every: int) -> list[TrainingSequence]:
+    """Any ids as episodes in which the last ``said`` of ``every`` tokens are completions."""
+    spans = [
+        [(start, start + said, [0.0] * said) for start in range(every - said, len(ids) - said + 1, every)]
+        for ids in rows
+    ]
+    return training_sequences([Episode(ids, found, 0.0) for ids, found in zip(rows, spans, strict=True)])
+
+
 def described(episodes: list[Episode]) -> dict[str, Any]:
     return {
         "episodes": len(episodes),

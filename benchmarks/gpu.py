@@ -10,6 +10,7 @@ import time
 from statistics import median
 
 import torch
+from episodes import spaced_sequences
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from empo2 import models
@@ -17,7 +18,7 @@ from empo2.bench import matrix_peak, read_bandwidth, training_flops
 from empo2.config import LearnerConfig, LossConfig
 from empo2.learner import Learner
 from empo2.sampler.local import LocalSampler
-from empo2.types import SampleRequest, SamplingParams, Span, SpanKey, TrainingSequence
+from empo2.types import SampleRequest, SamplingParams, TrainingSequence
 
 LENGTH, SEQUENCES, SAID, EVERY = 4096, 8, 32, 512
 PROMPT, TOKENS, EPISODES = 512, 64, 128
@@ -45,22 +46,7 @@ def smollm2():
 
 def sequences(vocabulary: int) -> list[TrainingSequence]:
     rng = random.Random(0)
-    return [
-        TrainingSequence(
-            token_ids=tuple(rng.randrange(vocabulary) for _ in range(LENGTH)),
-            spans=tuple(
-                Span(
-                    start=start,
-                    stop=start + SAID,
-                    key=SpanKey(0, number, turn),
-                    advantage=1.0 if number % 2 else -1.0,
-                    sampler_logprobs=None,
-                )
-                for turn, start in enumerate(range(EVERY - SAID, LENGTH, EVERY))
-            ),
-        )
-        for number in range(SEQUENCES)
-    ]
+    return spaced_sequences([[rng.randrange(vocabulary) for _ in range(LENGTH)] for _ in range(SEQUENCES)], SAID, EVERY)
 
 
 def train(model, peak: float, **settings) -> dict[str, float]:

@@ -13,6 +13,7 @@ import time
 from statistics import median
 
 import torch
+from episodes import spaced_sequences
 from transformers import AutoModelForCausalLM
 
 from empo2 import models, precision
@@ -20,7 +21,6 @@ from empo2.bench import matrix_peak, training_flops
 from empo2.config import LearnerConfig, LossConfig
 from empo2.learner import Learner
 from empo2.run import available_cores
-from empo2.types import Span, SpanKey, TrainingSequence
 
 updates = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 torch.set_num_threads(available_cores())
@@ -48,24 +48,8 @@ def ours() -> tuple[float, float]:
     learner = Learner(
         model, LearnerConfig(micro_batch_tokens=BATCH * LENGTH), LossConfig(), temperature=1.0, compute_dtype=dtype
     )
-    starts = range(OBSERVED, LENGTH - SAID, OBSERVED + SAID)
-    sequences = [
-        TrainingSequence(
-            token_ids=tuple(ids),
-            spans=tuple(
-                Span(
-                    start=start,
-                    stop=start + SAID,
-                    key=SpanKey(0, number, turn),
-                    advantage=1.0 if number % 2 else -1.0,
-                    sampler_logprobs=None,
-                )
-                for turn, start in enumerate(starts)
-            ),
-        )
-        for number, ids in enumerate(rows)
-    ]
-    count = flops(model, BATCH * len(starts) * SAID)
+    sequences = spaced_sequences(rows, SAID, OBSERVED + SAID)
+    count = flops(model, sum(sequence.num_trained for sequence in sequences))
     return timed(lambda: learner.update(sequences, {}, 1e-6)), count
 
 

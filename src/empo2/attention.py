@@ -108,14 +108,14 @@ def _looks(segments: Sequence[Segment]) -> list[_Look]:
     As a pack lays its tree out depth first, the latter follow each other.
     """
     looks = [_Look(slice(s.start, s.stop), slice(s.start, s.stop), causal=True) for s in segments]
-    seen_until: dict[tuple[int, int], int] = {}
+    seen_by: dict[tuple[int, int], slice] = {}
     for segment in segments:
         for part in segment.context:
-            if seen_until.setdefault(part, segment.start) != segment.start:
+            before = seen_by.get(part, slice(segment.start, segment.start))
+            if before.stop != segment.start:
                 raise ValueError(f"the segments that see {part} do not follow each other: {segments}")
-            seen_until[part] = segment.stop
-    first = {part: next(s.start for s in segments if part in s.context) for part in seen_until}
-    return looks + [_Look(slice(first[p], stop), slice(*p), causal=False) for p, stop in seen_until.items()]
+            seen_by[part] = slice(before.start, segment.stop)
+    return looks + [_Look(queries, slice(*part), causal=False) for part, queries in seen_by.items()]
 
 
 class _TreeAttention(torch.autograd.Function):

@@ -220,10 +220,10 @@ class LearnerConfig:
     whole model learns."""
     recompute: bool = False
     """Keep only what goes into each layer and compute the rest anew for the gradients ("activation checkpointing"):
-    a third more time, a fraction of the memory."""
+    another forward pass of them in place of the memory."""
     compile: bool = False
-    """Compile the layers (torch.compile; half a minute at the start, needs a C++ compiler): what it gains is in
-    docs/performance.md."""
+    """Compile the layers (torch.compile; half a minute at the start, needs a C++ compiler). In float32 on a processor
+    it gained nothing (docs/log.md, 2026-11-28)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,15 +83,15 @@ class _AttendCache:
         self._batched = self._width == 1 or (in_few_calls(device) and self._width * len(chunks) <= MOST_PADDED)
         dtype = cache.keys[0].dtype
         if self._batched:
-            self._slots, self._members = _rows_of([chunk.slot for chunk in chunks], device)
-            self._num_rows = max(self._members) + 1
-            self._one_each = self._width == 1 and self._members == list(range(self._num_rows))
+            self._slots, members = _rows_of([chunk.slot for chunk in chunks], device)
+            self._num_rows = max(members) + 1
+            self._one_each = self._width == 1 and members == list(range(self._num_rows))
             seen = torch.full((self._num_rows, self._width), self.longest)
-            for member, chunk, size in zip(self._members, chunks, sizes, strict=True):
+            for member, chunk, size in zip(members, chunks, sizes, strict=True):
                 seen[member] = chunk.past + torch.arange(self._width).clamp(max=size - 1)
             seen = seen.to(device)
             self._masks = [_additive(torch.arange(shared, self.longest, device=device) > seen[:, None, :, None], dtype)]
-            pairs = zip(self._members, chunks, sizes, strict=True)
+            pairs = zip(members, chunks, sizes, strict=True)
             places = [(member, row, chunk.slot) for member, chunk, size in pairs for row in range(size)]
             self._member, self._row, self._slot = torch.tensor(places, device=device).unbind(1)
             self._place = seen[self._member, self._row]
