@@ -1,7 +1,8 @@
 """One update on recorded ScienceWorld episodes, ours and TRL's in two forms, one after another; ratios of medians.
 
 The same model, episodes, precision and threads; all layers train, no KL term. The first step of each is not counted
-where there are others. Conversations go one by one: four of ten turns did not fit into 24 GB of memory.
+where there are others. TRL's samples go one by one, so that it pads nothing: four at once, conversations or
+rows, did not fit into 24 GB of memory.
 
 python benchmarks/beside_trl.py --episodes 8 --turns 10 --updates 3 --conversation-steps 2 --rows-steps 1
 """
@@ -23,7 +24,7 @@ parser.add_argument("--micro-batch-tokens", type=int, default=16384)
 parser.add_argument("--conversation-steps", type=int, default=2, help="0: left out")
 parser.add_argument("--conversation-batch", type=int, default=1)
 parser.add_argument("--rows-steps", type=int, default=1, help="0: left out")
-parser.add_argument("--rows-batch", type=int, default=4)
+parser.add_argument("--rows-batch", type=int, default=1)
 asked = parser.parse_args()
 
 episodes = FOLDER / f"episodes-{asked.episodes}x{asked.turns}.json"

@@ -13,7 +13,7 @@ from runs import smoke
 
 
 def test_the_matrix_peak_is_that_of_the_fastest_product(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "cpu", ((64, 64, 64), (256, 256, 256)))
+    monkeypatch.setattr(bench, "CPU_SHAPES", ((64, 64, 64), (256, 256, 256)))
     seconds = iter([2.0, 0.5])
     monkeypatch.setattr(bench, "_seconds", lambda work, kind: work() is None or next(seconds))
     assert bench.matrix_peak(torch.float32, "cpu") == 2 * 256**3 / 0.5

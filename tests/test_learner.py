@@ -6,12 +6,14 @@ Tolerances: log-probs 1e-4, loss 1e-6, gradients relative L2 1e-5 in float32. In
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import oracles
@@ -626,12 +628,48 @@ def test_so_many_logits_at_once_as_are_allowed(monkeypatch):
     assert max(computed) == 7
 
 
+class Counted(TorchDispatchMode):
+    """How often each operation was computed within."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.times[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last_layers", [0, 1])
+def test_selective_recomputation_multiplies_and_attends_once(last_layers, compute_dtype):
+    batch = batch_of(play_group(Mode.PLAIN))
+
+    def counted(selective: bool):
+        learner = make_learner(last_layers=last_layers, compute_dtype=compute_dtype)
+        if selective:
+            models.recompute_layers(learner.model, selective=True)
+        with Counted() as counted:
+            stats, gradients = updated(learner, batch)
+        return stats.loss, gradients, counted.times
+
+    loss, gradients, kept = counted(selective=False)
+    same_loss, same_gradients, recomputed = counted(selective=True)
+    assert same_loss == loss
+    assert distance(same_gradients, gradients) == 0
+    for product in ("aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"):
+        assert recomputed[product] == kept[product] > 0
+    layers = len(make_learner().model.get_decoder().layers)
+    trained = last_layers or layers
+    assert recomputed["aten.silu.default"] == kept["aten.silu.default"] + trained == layers + trained
+
+
 @pytest.mark.parametrize("last_layers", [0, 1])
 def test_recomputed_layers_give_the_same_gradients_bit_for_bit(last_layers, monkeypatch):
     batch = batch_of(play_group(Mode.PLAIN))
     expected = updated(make_learner(last_layers=last_layers), batch)
     learner = make_learner(last_layers=last_layers)
-    models.recompute_layers(learner.model)
+    models.recompute_layers(learner.model, selective=False)
     layer, calls = learner.model.get_decoder().layers[1].self_attn, []
     inner = layer.forward
     monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs))

@@ -273,8 +273,8 @@ def _learner(config: Config, device: str) -> Learner:
         models.train_last_layers(model, config.learner.last_layers)
     if config.learner.compile:
         models.compile_layers(model)
-    if config.learner.recompute:
-        models.recompute_layers(model)
+    if config.learner.recompute != "none":
+        models.recompute_layers(model, selective=config.learner.recompute == "selective")
     return Learner(
         model,
         config.learner,

@@ -18,35 +18,33 @@ from empo2.config import Config
 from empo2.run import available_cores, processor
 from empo2.train import take_step
 
-SHAPES = {"cpu": ((4096, 576, 1536), (4096, 1536, 576), (2048, 2048, 2048)), "cuda": ((8192, 8192, 8192),)}
-READ_BYTES = {"cpu": 2**28, "cuda": 2**31}
+CPU_SHAPES = ((4096, 576, 1536), (4096, 1536, 576), (2048, 2048, 2048))
+GPU_SHAPES = ((8192, 8192, 8192),)
 
 
 def matrix_peak(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of the fastest of some products [m, k] · [k, n] that training makes; 2 m k n each."""
-    kind = device.partition(":")[0]
     rates = []
-    for m, k, n in SHAPES[kind]:
+    for m, k, n in CPU_SHAPES if device == "cpu" else GPU_SHAPES:
         left, right = torch.ones(m, k, dtype=dtype, device=device), torch.ones(n, k, dtype=dtype, device=device)
         out = torch.empty(m, n, dtype=dtype, device=device)
-        rates.append(2 * m * k * n / _seconds(partial(torch.mm, left, right.t(), out=out), kind))
+        rates.append(2 * m * k * n / _seconds(partial(torch.mm, left, right.t(), out=out), device))
     return max(rates)
 
 
 def read_bandwidth(device: str) -> float:
     """Bytes/s of summing a tensor that no cache holds."""
-    kind = device.partition(":")[0]
-    many = torch.ones(READ_BYTES[kind] // 4, device=device)
-    return READ_BYTES[kind] / _seconds(many.sum, kind)
+    many = torch.ones(2**26 if device == "cpu" else 2**29, device=device)
+    return many.nbytes / _seconds(many.sum, device)
 
 
-def _seconds(work: Callable[[], Any], kind: str, repeats: int = 7) -> float:
+def _seconds(work: Callable[[], Any], device: str, repeats: int = 7) -> float:
     taken = []
     for _ in range(repeats + 2):
         started = time.perf_counter()
         work()
-        if kind == "cuda":
-            torch.cuda.synchronize()
+        if device != "cpu":
+            torch.accelerator.synchronize()
         taken.append(time.perf_counter() - started)
     return median(taken[2:])
 
@@ -70,7 +68,7 @@ def measure_machine(config: Config) -> dict[str, Any]:
     if device != "cpu" or precision.has_bf16_instructions():
         dtypes.append("bfloat16")
     return {
-        "device": device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
+        "device": f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device,
         "processor": processor(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),

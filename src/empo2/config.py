@@ -218,9 +218,10 @@ class LearnerConfig:
     last_layers: int = 0
     """Only so many of the last transformer layers (and the final norm) learn, which costs less time and memory; 0: the
     whole model learns."""
-    recompute: bool = False
-    """Keep only what goes into each layer and compute the rest anew for the gradients ("activation checkpointing"):
-    another forward pass of them in place of the memory."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What is computed anew for the gradients instead of being kept ("activation checkpointing"). selective: all of a
+    layer but its matrix products and attention, for a third less memory and little time; full: the whole layer,
+    another forward pass in place of nearly all the memory. It changes no result."""
     compile: bool = False
     """Compile the layers (torch.compile; half a minute at the start, needs a C++ compiler). In float32 on a processor
     it gained nothing (docs/log.md, 2026-11-28)."""

@@ -301,14 +301,31 @@ def compile_layers(model: Any) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
-def recompute_layers(model: Any) -> None:
-    """Keep only what goes into each transformer layer; what it computes inside is computed anew for its gradient."""
+def recompute_layers(model: Any, *, selective: bool) -> None:
+    """Keep only what goes into each transformer layer; what it computes inside is computed anew for its gradient.
+
+    ``selective``: matrix products and attention are kept nevertheless, so that what is computed anew is cheap.
+    """
     from functools import partial
 
-    from torch.utils.checkpoint import checkpoint
+    import torch
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+    aten = torch.ops.aten
+    dear = [
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in a layer
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, dear)
     for layer in model.get_decoder().layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, **options)
 
 
 def context_length(model_config: Any) -> int:
