@@ -1,8 +1,8 @@
 """One update on recorded ScienceWorld episodes, ours and TRL's in two forms, one after another; ratios of medians.
 
 The same model, episodes, precision and threads; all layers train, no KL term. The first step of each is not counted
-where there are others. TRL's samples go one by one, so that it pads nothing: four at once, conversations or
-rows, did not fit into 24 GB of memory.
+where there are others. TRL's samples go one by one: four at once, conversations or rows, did not fit into
+24 GB of memory. It pads the prompts and the completions of a step to the longest, whatever the batch.
 
 python benchmarks/beside_trl.py --episodes 8 --turns 10 --updates 3 --conversation-steps 2 --rows-steps 1
 """

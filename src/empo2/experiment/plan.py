@@ -45,7 +45,7 @@ _KIND_NAMES = {
 EQUAL_SECTIONS = ("model", "env", "eval", "prompt")
 EQUAL_KEYS = ("collect.groups_per_step", "collect.group_size", "collect.max_action_tokens")
 #: settings and whole sections that cannot change a training's numbers
-WITHOUT_EFFECT = ("train.checkpoint_every", "train.keep_checkpoints", "warmup")
+WITHOUT_EFFECT = ("train.checkpoint_every", "train.keep_checkpoints", "learner.recompute", "warmup")
 LARGEST = 10**6  #: of any number at the top of the file
 SET_BY_EXPERIMENT = {"train.seed": "seeds", "train.threads": "threads"}
 
