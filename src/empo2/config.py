@@ -220,8 +220,8 @@ class LearnerConfig:
     whole model learns."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What is computed anew for the gradients instead of being kept ("activation checkpointing"). selective: all of a
-    layer but its matrix products and attention, for a third less memory and little time; full: the whole layer,
-    another forward pass in place of nearly all the memory. It changes no result."""
+    layer but its matrix products and attention, for little time; full: the whole layer, another forward pass in place
+    of nearly all that memory. On a processor it changes no bit of the result; on a GPU it has not been run."""
     compile: bool = False
     """Compile the layers (torch.compile; half a minute at the start, needs a C++ compiler). In float32 on a processor
     it gained nothing (docs/log.md, 2026-11-28)."""
