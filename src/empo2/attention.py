@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from empo2.attention_gradients import gradients
 from empo2.errors import UsageError
 from empo2.sequences import Segment
 
@@ -150,27 +151,38 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, weight = ctx.saved_tensors
-        exact = weight.dtype
-        grads = [torch.zeros_like(tensor, dtype=exact) for tensor in (query, key, value)]
+        grads = [torch.zeros_like(tensor, dtype=weight.dtype) for tensor in (query, key, value)]
+        of_look = _by_products if query.dtype == torch.bfloat16 else _by_flash
         for look in ctx.looks:
-            k, v = key[:, :, look.keys], value[:, :, look.keys]
-            g, q, o, w = (tensor[:, :, look.queries] for tensor in (grad, query, out, weight))
-            groups = q.shape[1] // k.shape[1]
-            if look.causal:
-                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-                of_q, of_k, of_v = _flash_backward(g, q, k, v, o, w, 0.0, True, scale=ctx.scale)
-                of_k, of_v = (tensor.unflatten(1, (-1, groups)).sum(2) for tensor in (of_k, of_v))
-            else:
-                folded = (_by_key_head(tensor, groups) for tensor in (g, q))
-                of_q, of_k, of_v = _flash_backward(
-                    *folded, k, v, _by_key_head(o, groups), _by_key_head(w, groups), 0.0, False, scale=ctx.scale
-                )
-                of_q = of_q.reshape(q.shape)
-            grads[0][:, :, look.queries] += of_q
-            grads[1][:, :, look.keys] += of_k
-            grads[2][:, :, look.keys] += of_v
+            of_query = (tensor[:, :, look.queries] for tensor in (grad, query, out, weight))
+            of_key = (tensor[:, :, look.keys] for tensor in (key, value))
+            found = of_look(*of_query, *of_key, look.causal, ctx.scale)
+            for total, part, tokens in zip(grads, found, (look.queries, look.keys, look.keys), strict=True):
+                total[:, :, tokens] += part
         of_query, of_key, of_value = (g.to(t.dtype) for g, t in zip(grads, (query, key, value), strict=True))
         return of_query, of_key, of_value, None, None
+
+
+def _by_flash(
+    grad: Tensor, q: Tensor, out: Tensor, weight: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    if causal:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        of_q, of_k, of_v = _flash_backward(grad, q, k, v, out, weight, 0.0, True, scale=scale)
+        return of_q, of_k.unflatten(1, (-1, groups)).sum(2), of_v.unflatten(1, (-1, groups)).sum(2)
+    grad, folded, out, weight = (_by_key_head(tensor, groups) for tensor in (grad, q, out, weight))
+    of_q, of_k, of_v = _flash_backward(grad, folded, k, v, out, weight, 0.0, False, scale=scale)
+    return of_q.reshape(q.shape), of_k, of_v
+
+
+def _by_products(
+    grad: Tensor, q: Tensor, out: Tensor, weight: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = (k.shape[1], -1)
+    grad, folded, out, weight = (tensor[0].unflatten(0, heads) for tensor in (grad, q, out, weight))
+    of_q, of_k, of_v = gradients(grad, folded, k[0], v[0], out, weight, causal, scale)
+    return of_q.view(q.shape), of_k[None], of_v[None]
 
 
 def _by_key_head(tensor: Tensor, groups: int) -> Tensor:

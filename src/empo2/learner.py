@@ -140,8 +140,8 @@ class Learner:
             hidden = self._hidden(self.model, packed)
             values = [0.0] * len(packed.targets)
             for part in self._parts(packed):
-                logits = self._logits(self.model, hidden[part.places])
-                for token, value in zip(part.tokens, part.logprobs(logits).tolist(), strict=True):
+                logprobs = self._logprobs(self.model, hidden[part.places])
+                for token, value in zip(part.tokens, part.drawn(logprobs).tolist(), strict=True):
                     values[token] = value
             for span in _spans(packed):
                 count = span.stop - span.start
@@ -219,9 +219,9 @@ class Learner:
     ) -> None:
         """The loss of some completion tokens, and its gradient down to ``hidden``."""
         loss = self._loss
-        logits = self._logits(self.model, hidden[part.places])
-        logprobs = part.logprobs(logits)
-        entropies = losses.entropy(logits if loss.entropy > 0 else logits.detach())[part.rows]
+        every = self._logprobs(self.model, hidden[part.places])
+        logprobs = part.drawn(every)
+        entropies = losses.entropy(every if loss.entropy > 0 else every.detach())[part.rows]
         current = logprobs.detach()
         kept = torch.ones_like(columns.maskable)
         if loss.delta > 0:
@@ -239,12 +239,12 @@ class Learner:
         per_token = torch.where(kept, policy, torch.zeros_like(policy)) - loss.entropy * entropies
         if reference_hidden is not None:
             with torch.no_grad():
-                reference = self._logits(self._reference, reference_hidden[part.places])
+                reference = self._logprobs(self._reference, reference_hidden[part.places])
             if loss.kl_estimator == "exact":
-                divergence = losses.divergence(logits, reference)[part.rows]
+                divergence = losses.divergence(every, reference)[part.rows]
             else:
                 # a token that is not held is set to the policy's own before the exponential, as above
-                expected = torch.where(columns.held, part.logprobs(reference), logprobs.detach())
+                expected = torch.where(columns.held, part.drawn(reference), logprobs.detach())
                 divergence = losses.k3_divergence(logprobs, expected)
             divergence = torch.where(columns.held, divergence, torch.zeros_like(divergence))
             per_token = per_token + loss.kl * divergence
@@ -272,15 +272,18 @@ class Learner:
             found: Tensor = model.get_decoder()(**self._inputs(packed)).last_hidden_state[0, keep]
         return found
 
-    def _logits(self, model: Any, hidden: Tensor) -> Tensor:
-        """Logits / temperature above the decoder, [n, D] → [n, V], float32 (float64 of a float64 model)."""
+    def _logprobs(self, model: Any, hidden: Tensor) -> Tensor:
+        """log softmax(logits / temperature) above the decoder, [n, D] → [n, V], float32 (float64 of a float64 model)."""
 
         def known(*_: Any, **__: Any) -> Any:
             return BaseModelOutputWithPast(last_hidden_state=hidden[None])
 
         with self._autocast(), replaced([model.get_decoder()], known):
             logits: Tensor = model(use_cache=False).logits[0]
-        return (logits if logits.dtype == torch.float64 else logits.float()) / self._temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self._temperature != 1:
+            logits = logits / self._temperature
+        return torch.log_softmax(logits, dim=-1)
 
     def _parts(self, packed: Pack) -> "Iterator[_Part]":
         """A pack's completion tokens, so many at once as have `MOST_LOGITS` logits."""
@@ -315,9 +318,9 @@ class _Part:
     rows: Tensor  # of the places' logits, one a token
     targets: Tensor
 
-    def logprobs(self, logits: Tensor) -> Tensor:
-        """Log-probs of the tokens, [places, V] → [tokens]."""
-        return torch.log_softmax(logits, dim=-1)[self.rows, self.targets]
+    def drawn(self, logprobs: Tensor) -> Tensor:
+        """Of all log-probs those of the tokens, [places, V] → [tokens]."""
+        return logprobs[self.rows, self.targets]
 
 
 @dataclass(frozen=True)

@@ -56,21 +56,19 @@ def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return torch.exp(difference) - difference - 1
 
 
-def divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """KL(π_θ ‖ π_ref) = Σ_v π_θ (log π_θ − log π_ref) of each row, [N, V] → [N], in nats.
+def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """KL(π_θ ‖ π_ref) = Σ_v π_θ (log π_θ − log π_ref) of each row, log-probs [N, V] → [N], in nats.
 
     What k3 estimates from one token. It does not depend on which token was drawn, nor by whom, and where the policy
     has made a token rare its gradient stays small, while that of k3 grows with π_ref / π_θ. Summed as
     π_θ (log π_θ − log π_ref) − π_θ + π_ref, so that the gradient is exactly 0 where both agree: what rounding would
     leave instead, Adam scales up to whole steps.
     """
-    logprobs, reference = torch.log_softmax(logits, dim=-1), torch.log_softmax(reference_logits, dim=-1)
     return (logprobs.exp() * (logprobs - reference - 1) + reference.exp()).sum(-1)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """−Σ_v π log π of each row, [N, V] → [N], in nats."""
-    logprobs = torch.log_softmax(logits, dim=-1)
+def entropy(logprobs: Tensor) -> Tensor:
+    """−Σ_v π log π of each row, log-probs [N, V] → [N], in nats."""
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
