@@ -110,7 +110,7 @@ LONG = packed([[1] * 700 + [n] * length for n, length in ((2, 40), (3, 150), (4,
 @pytest.mark.parametrize("segments", [DEEP, LONG])
 @pytest.mark.parametrize("sharpness", [1.0, 6.0])
 def test_gradients_in_bfloat16(segments, sharpness):
-    """Large scores, up to 40 with ``sharpness`` 6, must not lose bits. torch's own kernel is off by up to 1.2 % here."""
+    """Large scores, up to 40 with ``sharpness`` 6, must not lose bits. torch's kernel is off by 1.2 % here."""
     tensors = [(t.detach() * sharpness).requires_grad_() for t in inputs(segments[-1].stop, torch.bfloat16)]
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = dense(*exact, segments, 0.3)

@@ -154,9 +154,9 @@ class _TreeAttention(torch.autograd.Function):
         grads = [torch.zeros_like(tensor, dtype=weight.dtype) for tensor in (query, key, value)]
         of_look = _by_products if query.dtype == torch.bfloat16 else _by_flash
         for look in ctx.looks:
-            of_query = (tensor[:, :, look.queries] for tensor in (grad, query, out, weight))
-            of_key = (tensor[:, :, look.keys] for tensor in (key, value))
-            found = of_look(*of_query, *of_key, look.causal, ctx.scale)
+            g, q, o, w = (tensor[:, :, look.queries] for tensor in (grad, query, out, weight))
+            k, v = (tensor[:, :, look.keys] for tensor in (key, value))
+            found = of_look(g, q, o, w, k, v, look.causal, ctx.scale)
             for total, part, tokens in zip(grads, found, (look.queries, look.keys, look.keys), strict=True):
                 total[:, :, tokens] += part
         of_query, of_key, of_value = (g.to(t.dtype) for g, t in zip(grads, (query, key, value), strict=True))

@@ -273,7 +273,7 @@ class Learner:
         return found
 
     def _logprobs(self, model: Any, hidden: Tensor) -> Tensor:
-        """log softmax(logits / temperature) above the decoder, [n, D] → [n, V], float32 (float64 of a float64 model)."""
+        """log softmax(logits / temperature) above the decoder, [n, D] → [n, V], in float32 at least."""
 
         def known(*_: Any, **__: Any) -> Any:
             return BaseModelOutputWithPast(last_hidden_state=hidden[None])
