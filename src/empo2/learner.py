@@ -273,7 +273,11 @@ class Learner:
         return found
 
     def _logprobs(self, model: Any, hidden: Tensor) -> Tensor:
-        """log softmax(logits / temperature) above the decoder, [n, D] → [n, V], in float32 at least."""
+        """Log-probs of all tokens above the decoder, [n, D] → [n, V]."""
+        return torch.log_softmax(self._logits(model, hidden), dim=-1)
+
+    def _logits(self, model: Any, hidden: Tensor) -> Tensor:
+        """Logits / temperature above the decoder, [n, D] → [n, V], in float32 at least."""
 
         def known(*_: Any, **__: Any) -> Any:
             return BaseModelOutputWithPast(last_hidden_state=hidden[None])
@@ -281,9 +285,7 @@ class Learner:
         with self._autocast(), replaced([model.get_decoder()], known):
             logits: Tensor = model(use_cache=False).logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self._temperature != 1:
-            logits = logits / self._temperature
-        return torch.log_softmax(logits, dim=-1)
+        return logits if self._temperature == 1 else logits / self._temperature
 
     def _parts(self, packed: Pack) -> "Iterator[_Part]":
         """A pack's completion tokens, so many at once as have `MOST_LOGITS` logits."""
