@@ -10,7 +10,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "empo2"
 
 LAYERS = [
     {"errors", "types", "config", "streams", "__init__"},
-    {"chat", "prompts", "modes", "advantages", "sequences", "losses", "lowrank", "attention_gradients"},  # pure: values in, values out
+    {
+        "chat",
+        "prompts",
+        "modes",
+        "advantages",
+        "sequences",
+        "losses",
+        "lowrank",
+        "attention_gradients",
+    },  # pure: values in, values out
     # owners of state
     {"attention", "models", "store", "memory", "novelty", "embed", "envs", "sampler", "frozen", "learner"},
     {"episode", "examples", "collect", "run", "algorithms", "walks", "lessons"},
