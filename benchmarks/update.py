@@ -12,12 +12,14 @@ import torch
 from episodes import described, read, training_sequences
 
 from empo2 import models
+from empo2.allocator import keep_freed_memory
 from empo2.config import LearnerConfig, LossConfig
 from empo2.learner import Learner
 from empo2.precision import DTYPES
 
 path, precision, threads, micro_batch, updates = sys.argv[1:]
 torch.set_num_threads(int(threads))
+keep_freed_memory(DTYPES[precision])
 episodes = read(Path(path))
 learner = Learner(
     models.load_model("smollm2-135m-instruct", dtype=torch.float32, device="cpu", seed=0),

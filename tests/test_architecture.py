@@ -23,7 +23,7 @@ LAYERS = [
     # owners of state
     {"attention", "models", "store", "memory", "novelty", "embed", "envs", "sampler", "frozen", "learner"},
     {"episode", "examples", "collect", "run", "algorithms", "walks", "lessons"},
-    {"update", "metrics", "precision", "assemble", "doctor"},
+    {"update", "metrics", "precision", "allocator", "assemble", "doctor"},
     {"train", "evaluate", "display", "report"},
     {"warmup", "experiment", "bench"},
     {"cli", "__main__"},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from empo2 import models, precision, store
+from empo2.allocator import keep_freed_memory
 from empo2.chat import ChatFormat, Message
 from empo2.collect import Collector
 from empo2.config import Config
@@ -141,6 +142,8 @@ def assemble(config: Config, store_path: Path | str, *, with_learner: bool) -> P
     torch.set_num_threads(config.train.threads or available_cores())
     config = resolved(config)
     device = device_of(config)
+    if with_learner and device == "cpu":
+        keep_freed_memory(precision.DTYPES[config.model.trainer_dtype])
     environment = make_suite(config)
     tokenizer = models.load_tokenizer(config.model.path)
     chat = ChatFormat.of(tokenizer)
