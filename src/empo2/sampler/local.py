@@ -6,6 +6,7 @@ end to end in one forward pass, so nothing is padded and a finished episode cann
 """
 
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from empo2 import streams
 from empo2.attention import in_few_calls
 from empo2.errors import TrainingDiverged
 from empo2.sampler.packed import can_pack, load_packed, pack_linears
+from empo2.sampler.products import attend_batch, attend_chunk
 from empo2.sequences import common_prefix
 from empo2.types import Completion, SampleRequest, SamplingParams, TokenIds
 
@@ -37,30 +39,44 @@ class _Chunk:
 
 
 class _KVCache:
-    """Keys and values of every slot: per layer [slots, H_kv, capacity, D]; grows as episodes do."""
+    """Keys and values of every slot: per layer [slots, H_kv, capacity, D]; grows as episodes do.
+
+    On a processor there is room for twice the length asked for, as memory is taken only for what is written.
+    """
 
     def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         heads = config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._shape = (num_slots, heads, 0, dim)
-        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.keys = [torch.zeros(self._shape, **self._options) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(self._shape, **self._options) for _ in range(config.num_hidden_layers)]
+        self._dtype, self._device = dtype, device
+        self._length = 0
+        self.keys = [self._zeros(0) for _ in range(config.num_hidden_layers)]
+        self.values = [self._zeros(0) for _ in range(config.num_hidden_layers)]
+
+    def _zeros(self, capacity: int) -> Tensor:
+        slots, heads, _, dim = self._shape
+        shape = slots, heads, capacity, dim
+        if self._device.type != "cpu" or not capacity:
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        untouched = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize)
+        return torch.frombuffer(untouched, dtype=self._dtype).view(shape)
 
     def reserve(self, length: int) -> None:
-        slots, heads, capacity, dim = self.keys[0].shape
+        before, self._length = self._length, max(length, self._length)
+        capacity = self.keys[0].shape[2]
         if length <= capacity:
             return
-        more = torch.Size((slots, heads, max(length, capacity + 512) - capacity, dim))
+        capacity = 2 * length if self._device.type == "cpu" else max(length, capacity + 512)
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):
-                tensors[layer] = torch.cat([tensor, torch.zeros(more, **self._options)], dim=2)
+                tensors[layer] = self._zeros(capacity)
+                tensors[layer][:, :, :before] = tensor[:, :, :before]
 
     @torch.inference_mode()
     def clear(self) -> None:
         """Zero everything: masked positions are multiplied by 0, and 0 · NaN of diverged weights would be NaN."""
         for tensor in (*self.keys, *self.values):
-            tensor.zero_()
+            tensor[:, :, : self._length].zero_()
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         for tensor in (*self.keys, *self.values):
@@ -82,6 +98,7 @@ class _AttendCache:
         self._width = max(sizes)
         self._batched = self._width == 1 or (in_few_calls(device) and self._width * len(chunks) <= MOST_PADDED)
         dtype = cache.keys[0].dtype
+        self._by_products = not in_few_calls(device) and dtype == torch.bfloat16
         if self._batched:
             self._slots, members = _rows_of([chunk.slot for chunk in chunks], device)
             self._num_rows = max(members) + 1
@@ -95,13 +112,15 @@ class _AttendCache:
             places = [(member, row, chunk.slot) for member, chunk, size in pairs for row in range(size)]
             self._member, self._row, self._slot = torch.tensor(places, device=device).unbind(1)
             self._place = seen[self._member, self._row]
-        else:
+        elif not self._by_products:
             self._masks = [_additive(~_seen(chunk, shared, device), dtype) for chunk in chunks]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         self._write(keys, key)
         self._write(values, value)
+        if self._by_products:
+            return self._large_products(query, keys, values, scale)
         out, weight = self._rests(query, keys, values, scale)
         if not self._shared:
             return out
@@ -133,6 +152,19 @@ class _AttendCache:
             rows = keys[None, chunk.slot, :, seen], values[None, chunk.slot, :, seen]
             parts.append(_attend(query[:, :, chunk.start : chunk.stop], *rows, mask, scale))
         return torch.cat([out for out, _ in parts], dim=2), torch.cat([weight for _, weight in parts], dim=2)
+
+    def _large_products(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        if self._batched:
+            slot, seen = self._chunks[0].slot, slice(self._shared, self.longest)
+            shared = keys[slot, :, : self._shared], values[slot, :, : self._shared]
+            own = keys[self._slots, :, seen], values[self._slots, :, seen]
+            return self._gathered(attend_batch(self._spread(query), shared, own, self._masks[0], scale))
+        parts = []
+        for chunk in self._chunks:
+            end = chunk.past + chunk.stop - chunk.start
+            tokens = query[0, :, chunk.start : chunk.stop]
+            parts.append(attend_chunk(tokens, keys[chunk.slot, :, :end], values[chunk.slot, :, :end], scale))
+        return torch.cat(parts, dim=1)[None]
 
     def _spread(self, query: Tensor) -> Tensor:
         """[1, H, N, D] → rows of slots [B, H, width, D], padded with zeros."""
@@ -340,17 +372,19 @@ def draw(logits: Tensor, temperature: float, uniforms: Sequence[float]) -> tuple
     Temperature 0 takes the most probable token, with its log-prob at temperature 1. Raises TrainingDiverged for logits
     that are NaN or infinite.
     """
-    logprobs = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1)
+    scaled = logits.to(torch.float64, copy=True).div_(temperature or 1.0)
+    largest = scaled.amax(-1, keepdim=True)
+    cumulative = scaled.sub_(largest).exp_().cumsum_(-1)
+    total = cumulative[:, -1:]
     if temperature == 0:
-        tokens = logits.argmax(-1)  # of the logits: as log-probs, close ones become equal
+        tokens = logits.argmax(-1, keepdim=True)  # of the logits: as log-probs, close ones become equal
     else:
-        cumulative = logprobs.exp().cumsum(-1)
-        points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    chosen = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
+        points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
+        tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=logits.shape[-1] - 1)
+    chosen = (logits.gather(-1, tokens).double() / (temperature or 1.0) - largest - total.log())[:, 0].tolist()
     if not all(map(math.isfinite, chosen)):
         raise TrainingDiverged(
             "the policy's logits hold NaN or infinity, so nothing can be sampled; go on from an earlier checkpoint "
             "with a lower learner.lr, or set model.sampler_dtype to float32"
         )
-    return tokens.tolist(), chosen
+    return tokens[:, 0].tolist(), chosen
