@@ -56,11 +56,14 @@ def our_model(seed: int = 0, dtype: torch.dtype = torch.float32):
     return lively(models.load_model(models.TINY, dtype=torch.float32, device="cpu"), seed).to(dtype)
 
 
-@pytest.fixture(autouse=True, params=["packed", "processor", "GPU"], scope="module")
+@pytest.fixture(autouse=True, params=["packed", "products", "processor", "GPU"], scope="module")
 def way(request):
-    """Everything holds for a processor that packs weights, for one that cannot, and for a GPU, which pads batches."""
+    """Everything holds for a processor that packs weights, for one that cannot, for large products, which are bfloat16's
+    way, in float32, and for a GPU, which pads batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "in_few_calls", lambda _: request.param == "GPU")
+        if request.param == "products":
+            patch.setattr(local, "_by_products", lambda *_: True)
         if request.param != "packed":
             patch.setattr(local, "can_pack", lambda *_: False)
         yield request.param

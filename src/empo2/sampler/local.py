@@ -58,8 +58,7 @@ class _KVCache:
         shape = slots, heads, capacity, dim
         if self._device.type != "cpu" or not capacity:
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
-        untouched = mmap.mmap(-1, math.prod(shape) * self._dtype.itemsize)
-        return torch.frombuffer(untouched, dtype=self._dtype).view(shape)
+        return _untouched(math.prod(shape), self._dtype).view(shape)
 
     def reserve(self, length: int) -> None:
         before, self._length = self._length, max(length, self._length)
@@ -83,35 +82,78 @@ class _KVCache:
             tensor[target, :, start:stop] = tensor[source, :, start:stop]
 
 
+def _untouched(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [size] that take no memory before they are written to."""
+    return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)
+
+
+class _Gathered:
+    """What some slots have from token ``start`` to ``stop``, copied to lie end to end for all tokens that are sampled.
+
+    A large product copies an operand that does not, and would do so for each token: a third of a decoding step.
+    """
+
+    def __init__(self, cache: _KVCache) -> None:
+        self._cache = cache
+        self._memory = [torch.zeros(0, dtype=cache.keys[0].dtype) for _ in (*cache.keys, *cache.values)]
+        self.keys: list[Tensor] = []  #: per layer [slots, H_kv, stop − start, D]
+        self.values: list[Tensor] = []
+
+    def gather(self, slots: Sequence[int], start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+        self.row = {slot: row for row, slot in enumerate(slots)}
+        picked = torch.tensor(slots)
+        _, heads, _, dim = self._cache.keys[0].shape
+        shape = len(slots), heads, stop - start, dim
+        copies = []
+        for place, cached in enumerate((*self._cache.keys, *self._cache.values)):
+            if self._memory[place].numel() < math.prod(shape):
+                self._memory[place] = _untouched(2 * math.prod(shape), cached.dtype)
+            copies.append(self._memory[place][: math.prod(shape)].view(shape))
+            torch.index_select(cached[:, :, start:stop], 0, picked, out=copies[-1])
+        self.keys, self.values = copies[: len(copies) // 2], copies[len(copies) // 2 :]
+
+
 class _AttendCache:
     """Writes a pass's keys and values into the cache, and lets each chunk see its own slot only.
 
     The first ``shared`` tokens are the same in all the chunks' slots: all tokens of the pass look at them in one call,
     then each chunk at the rest of its own slot, and the two results are joined by their log-sum-exps. The chunks are
-    a batch if they have one token each, and, where calls are dear, up to ``MOST_PADDED`` tokens.
+    a batch if they have one token each, and, where calls are dear, up to ``MOST_PADDED`` tokens. ``gathered``, if
+    given, begins after ``shared`` and has all the slots.
     """
 
-    def __init__(self, cache: _KVCache, chunks: Sequence[_Chunk], shared: int, device: torch.device) -> None:
-        self._cache, self._chunks, self._shared = cache, chunks, shared
+    def __init__(
+        self,
+        cache: _KVCache,
+        chunks: Sequence[_Chunk],
+        shared: int,
+        device: torch.device,
+        gathered: _Gathered | None = None,
+    ) -> None:
+        self._cache, self._chunks, self._shared, self._copy = cache, chunks, shared, gathered
         self.longest = max(c.past + c.stop - c.start for c in chunks)
         sizes = [chunk.stop - chunk.start for chunk in chunks]
         self._width = max(sizes)
         self._batched = self._width == 1 or (in_few_calls(device) and self._width * len(chunks) <= MOST_PADDED)
         dtype = cache.keys[0].dtype
-        self._by_products = not in_few_calls(device) and dtype == torch.bfloat16
+        self._by_products = _by_products(dtype, device)
         if self._batched:
-            self._slots, members = _rows_of([chunk.slot for chunk in chunks], device)
+            end = gathered.stop if gathered else self.longest
+            rows = [gathered.row[chunk.slot] if gathered else chunk.slot for chunk in chunks]
+            self._slots, members = _rows_of(rows, device)
             self._num_rows = max(members) + 1
             self._one_each = self._width == 1 and members == list(range(self._num_rows))
-            seen = torch.full((self._num_rows, self._width), self.longest)
+            seen = torch.full((self._num_rows, self._width), end)
             for member, chunk, size in zip(members, chunks, sizes, strict=True):
                 seen[member] = chunk.past + torch.arange(self._width).clamp(max=size - 1)
             seen = seen.to(device)
-            self._masks = [_additive(torch.arange(shared, self.longest, device=device) > seen[:, None, :, None], dtype)]
+            self._masks = [_additive(torch.arange(shared, end, device=device) > seen[:, None, :, None], dtype)]
             pairs = zip(members, chunks, sizes, strict=True)
             places = [(member, row, chunk.slot) for member, chunk, size in pairs for row in range(size)]
             self._member, self._row, self._slot = torch.tensor(places, device=device).unbind(1)
             self._place = seen[self._member, self._row]
+            self._copied = torch.tensor(rows)
         elif not self._by_products:
             self._masks = [_additive(~_seen(chunk, shared, device), dtype) for chunk in chunks]
 
@@ -119,8 +161,11 @@ class _AttendCache:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         self._write(keys, key)
         self._write(values, value)
+        if self._copy:
+            for copy, new in ((self._copy.keys[layer], key), (self._copy.values[layer], value)):
+                copy[self._copied, :, self._place - self._shared] = new[0].transpose(0, 1)
         if self._by_products:
-            return self._large_products(query, keys, values, scale)
+            return self._large_products(layer, query, scale)
         out, weight = self._rests(query, keys, values, scale)
         if not self._shared:
             return out
@@ -153,11 +198,15 @@ class _AttendCache:
             parts.append(_attend(query[:, :, chunk.start : chunk.stop], *rows, mask, scale))
         return torch.cat([out for out, _ in parts], dim=2), torch.cat([weight for _, weight in parts], dim=2)
 
-    def _large_products(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def _large_products(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         if self._batched:
             slot, seen = self._chunks[0].slot, slice(self._shared, self.longest)
             shared = keys[slot, :, : self._shared], values[slot, :, : self._shared]
-            own = keys[self._slots, :, seen], values[self._slots, :, seen]
+            if self._copy:
+                own = self._copy.keys[layer][self._slots], self._copy.values[layer][self._slots]
+            else:
+                own = keys[self._slots, :, seen], values[self._slots, :, seen]
             return self._gathered(attend_batch(self._spread(query), shared, own, self._masks[0], scale))
         parts = []
         for chunk in self._chunks:
@@ -179,6 +228,10 @@ class _AttendCache:
         if self._one_each:
             return found.transpose(0, 2)
         return found[self._member, :, self._row].transpose(0, 1)[None]
+
+
+def _by_products(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.bfloat16 and not in_few_calls(device)
 
 
 def _rows_of(slots: Sequence[int], device: torch.device) -> tuple[slice | Tensor, list[int]]:
@@ -241,6 +294,7 @@ class LocalSampler:
         self._cache = _KVCache(model.config, num_slots, dtype, self._device)
         self._packed = pack_linears(model) if can_pack(dtype, self._device) else []
         self._cached: list[TokenIds] = [()] * num_slots
+        self._gathered = _Gathered(self._cache) if _by_products(dtype, self._device) else None
         self.version = 0
         self.tokens_computed = 0  #: tokens that went through the model
         self.tokens_reused = 0  #: prompt tokens taken from the cache
@@ -266,6 +320,10 @@ class LocalSampler:
             return []
         self._cache.reserve(max(len(request.prompt) for request in requests) + params.max_tokens)
         logits = self._prefill(requests)
+        if self._gathered:
+            slots = [request.slot for request in requests]
+            stop = max(len(request.prompt) for request in requests) + params.max_tokens
+            self._gathered.gather(slots, self._common(slots), stop)
         ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         live = list(range(len(requests)))
@@ -282,7 +340,7 @@ class LocalSampler:
             live = [row for row in live if ids[row][-1] not in self._stop_ids]
             if not live or index + 1 == params.max_tokens:
                 break
-            logits = self._forward([(requests[row].slot, (ids[row][-1],)) for row in live])
+            logits = self._forward([(requests[row].slot, (ids[row][-1],)) for row in live], self._gathered)
         return [
             Completion(
                 token_ids=tuple(tokens),
@@ -334,8 +392,9 @@ class LocalSampler:
         self._cached[request.slot] = request.prompt[:own]
         self.tokens_reused += own
 
-    def _forward(self, parts: Sequence[tuple[int, TokenIds]]) -> Tensor:
+    def _forward(self, parts: Sequence[tuple[int, TokenIds]], gathered: _Gathered | None = None) -> Tensor:
         """Append ids to slots; logits after each part's last id, [len(parts), V], float32."""
+        shared = gathered.start if gathered else self._common([slot for slot, _ in parts])
         chunks: list[_Chunk] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -350,19 +409,18 @@ class LocalSampler:
             input_ids=torch.tensor([ids], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
-            attend=_AttendCache(self._cache, chunks, self._common([slot for slot, _ in parts], chunks), self._device),
+            attend=_AttendCache(self._cache, chunks, shared, self._device, gathered),
             logits_to_keep=torch.tensor([chunk.stop - 1 for chunk in chunks], device=self._device),
         )
         logits: Tensor = out.logits[0].float()
         return logits
 
-    def _common(self, slots: Sequence[int], chunks: Sequence[_Chunk]) -> int:
+    def _common(self, slots: Sequence[int]) -> int:
         """Length of the prefix that all these slots hold already; 0 where it is not worth a call of its own."""
         if len(slots) < 2:
             return 0
         first = self._cached[slots[0]]
         shared = min(common_prefix(first, self._cached[slot]) for slot in slots[1:])
-        shared = min(shared, *(chunk.past for chunk in chunks))
         return shared if shared >= WORTH_SHARING else 0
 
 

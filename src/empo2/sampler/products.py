@@ -38,11 +38,10 @@ def attend_batch(
     (batch, heads, _, dim), (key_heads, prefix, _), length = query.shape, shared[0].shape, own[0].shape[2]
     groups = heads // key_heads
     grouped = query.view(batch, key_heads, groups, dim)
-    keys, values = (tensor.flatten(0, 1) for tensor in own)
+    keys, values = (tensor.contiguous().flatten(0, 1) for tensor in own)
     scores = query.new_empty(batch, key_heads, groups, prefix + length)
-    # keys first: with the queries first, oneDNN takes four times as long over rows of a larger cache
-    of_own = _scores(keys, grouped.flatten(0, 1).transpose(1, 2), scale)
-    torch.add(of_own.view(batch, key_heads, length, groups).transpose(2, 3), mask, out=scores[..., prefix:])
+    of_own = _scores(grouped.flatten(0, 1), keys.transpose(1, 2), scale)
+    torch.add(of_own.view(batch, key_heads, groups, length), mask, out=scores[..., prefix:])
     if prefix:
         of_shared = _scores(grouped.transpose(0, 1).flatten(1, 2), shared[0].transpose(1, 2), scale)
         scores[..., :prefix] = of_shared.view(key_heads, batch, groups, prefix).transpose(0, 1)
