@@ -58,8 +58,8 @@ def our_model(seed: int = 0, dtype: torch.dtype = torch.float32):
 
 @pytest.fixture(autouse=True, params=["packed", "products", "processor", "GPU"], scope="module")
 def way(request):
-    """Everything holds for a processor that packs weights, for one that cannot, for large products, which are bfloat16's
-    way, in float32, and for a GPU, which pads batches."""
+    """Everything holds for a processor that packs weights, for one that cannot, for large products (the way of
+    bfloat16, here in float32), and for a GPU, which pads batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "in_few_calls", lambda _: request.param == "GPU")
         if request.param == "products":
