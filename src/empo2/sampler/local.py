@@ -153,7 +153,7 @@ class _AttendCache:
             places = [(member, row, chunk.slot) for member, chunk, size in pairs for row in range(size)]
             self._member, self._row, self._slot = torch.tensor(places, device=device).unbind(1)
             self._place = seen[self._member, self._row]
-            self._copied = torch.tensor(rows)
+            self._copied = torch.tensor(rows) if gathered else None
         elif not self._by_products:
             self._masks = [_additive(~_seen(chunk, shared, device), dtype) for chunk in chunks]
 
