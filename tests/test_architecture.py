@@ -18,7 +18,7 @@ LAYERS = [
         "sequences",
         "losses",
         "lowrank",
-        "attention_gradients",
+        "attention_products",
     },  # pure: values in, values out
     # owners of state
     {"attention", "models", "store", "memory", "novelty", "embed", "envs", "sampler", "frozen", "learner"},

@@ -19,7 +19,7 @@ from empo2.config import LearnerConfig, LossConfig
 from empo2.episode import LiveEpisode
 from empo2.errors import TrainingDiverged
 from empo2.learner import Learner
-from empo2.sampler import local
+from empo2.sampler import attention, local
 from empo2.sampler.local import LocalSampler, draw
 from empo2.sampler.packed import PackedLinear, can_pack, load_packed, pack_linears
 from empo2.types import (
@@ -61,9 +61,10 @@ def way(request):
     """Everything holds for a processor that packs weights, for one that cannot, for large products (the way of
     bfloat16, here in float32), and for a GPU, which pads batches."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "in_few_calls", lambda _: request.param == "GPU")
+        patch.setattr(attention, "in_few_calls", lambda _: request.param == "GPU")
         if request.param == "products":
-            patch.setattr(local, "_by_products", lambda *_: True)
+            for module in (local, attention):
+                patch.setattr(module, "by_products", lambda *_: True)
         if request.param != "packed":
             patch.setattr(local, "can_pack", lambda *_: False)
         yield request.param
@@ -133,13 +134,13 @@ def test_the_attention_of_other_devices_equals_that_of_the_processor(masked):
     hidden = torch.rand(2, 1, 5, 70, generator=generator) < 0.5
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")) if masked else None
     for found, expected in zip(
-        local._plain_attention(q, k, v, mask, 0.25), local._flash_cpu(q, k, v, mask, 0.25), strict=True
+        attention._plain_attention(q, k, v, mask, 0.25), attention._flash_cpu(q, k, v, mask, 0.25), strict=True
     ):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_sampling_with_the_attention_of_other_devices(plain, monkeypatch):
-    monkeypatch.setattr(local, "_flash_cpu", local._plain_attention)
+    monkeypatch.setattr(attention, "_flash_cpu", attention._plain_attention)
     test_greedy_tokens_equal_those_of_generate(plain)
 
 
@@ -298,8 +299,8 @@ def test_what_cannot_be_packed_is_found_by_trying():
 
 def test_slots_that_lie_apart_are_picked_and_near_ones_are_a_view():
     cpu = torch.device("cpu")
-    assert local._rows_of([2, 5, 3], cpu) == (slice(2, 6), [0, 3, 1])
-    picked, members = local._rows_of([9, 0, 1], cpu)
+    assert attention._rows_of([2, 5, 3], cpu) == (slice(2, 6), [0, 3, 1])
+    picked, members = attention._rows_of([9, 0, 1], cpu)
     assert picked.tolist() == [9, 0, 1]
     assert members == [0, 1, 2]
 

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from empo2.attention_gradients import gradients
+from empo2 import attention_products
 from empo2.errors import UsageError
 from empo2.sequences import Segment
 
 NAME = "empo2"  #: value of ``attn_implementation``
+FEW_PAIRS = 10_000  #: of queries and keys that attention by products is not worth its calls for
 FEW = 8  #: sequences without a common prefix that get a call each where calls are dear: no pair of theirs is masked
 
 
@@ -133,15 +134,13 @@ class _TreeAttention(torch.autograd.Function):
         out, weight = torch.empty_like(query, dtype=exact), query.new_empty(query.shape[:3], dtype=exact)
         for look in looks:
             q, k, v = query[:, :, look.queries], key[:, :, look.keys], value[:, :, look.keys]
-            groups = q.shape[1] // k.shape[1]
+            by_products = q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] >= FEW_PAIRS
+            found, found_weight = (_by_products if by_products else _by_flash)(q, k, v, look.causal, scale)
             if look.causal:
-                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-                out[:, :, look.queries], weight[:, :, look.queries] = _flash(q, k, v, 0.0, True, scale=scale)
+                out[:, :, look.queries], weight[:, :, look.queries] = found, found_weight
                 continue
-            found, found_weight = _flash(_by_key_head(q, groups), k, v, 0.0, False, scale=scale)
-            found, found_weight = found.reshape(q.shape).to(exact), found_weight.reshape(q.shape[:3])
             before = weight[:, :, look.queries]
-            out[:, :, look.queries].lerp_(found, torch.sigmoid(found_weight - before)[..., None])
+            out[:, :, look.queries].lerp_(found.to(exact), torch.sigmoid(found_weight - before)[..., None])
             weight[:, :, look.queries] = torch.logaddexp(before, found_weight)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, weight)
@@ -152,7 +151,7 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, weight = ctx.saved_tensors
         grads = [torch.zeros_like(tensor, dtype=weight.dtype) for tensor in (query, key, value)]
-        of_look = _by_products if query.dtype == torch.bfloat16 else _by_flash
+        of_look = _gradients_by_products if query.dtype == torch.bfloat16 else _gradients_by_flash
         for look in ctx.looks:
             g, q, o, w = (tensor[:, :, look.queries] for tensor in (grad, query, out, weight))
             k, v = (tensor[:, :, look.keys] for tensor in (key, value))
@@ -163,7 +162,23 @@ class _TreeAttention(torch.autograd.Function):
         return of_query, of_key, of_value, None, None
 
 
-def _by_flash(
+def _by_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    if causal:
+        found, weight = _flash(
+            q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 0.0, True, scale=scale
+        )
+    else:
+        found, weight = _flash(_by_key_head(q, groups), k, v, 0.0, False, scale=scale)
+    return found.reshape(q.shape), weight.reshape(q.shape[:3])
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    found, weight = attention_products.attend(q[0].unflatten(0, (k.shape[1], -1)), k[0], v[0], causal, scale)
+    return found.view(q.shape), weight.view(q.shape[:3])
+
+
+def _gradients_by_flash(
     grad: Tensor, q: Tensor, out: Tensor, weight: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = q.shape[1] // k.shape[1]
@@ -176,12 +191,12 @@ def _by_flash(
     return of_q.reshape(q.shape), of_k, of_v
 
 
-def _by_products(
+def _gradients_by_products(
     grad: Tensor, q: Tensor, out: Tensor, weight: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = (k.shape[1], -1)
     grad, folded, out, weight = (tensor[0].unflatten(0, heads) for tensor in (grad, q, out, weight))
-    of_q, of_k, of_v = gradients(grad, folded, k[0], v[0], out, weight, causal, scale)
+    of_q, of_k, of_v = attention_products.gradients(grad, folded, k[0], v[0], out, weight, causal, scale)
     return of_q.view(q.shape), of_k[None], of_v[None]
 
 
