@@ -167,6 +167,30 @@ def test_scores_far_above_others(causal, place):
     torch.testing.assert_close(weight.double(), expected_weight, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("size", [2e4, 1e5])
+def test_scores_of_tens_of_thousands(size):
+    """A rounded one is off by over 100: what is subtracted must come closer before the exponential."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        query, key = (
+            (torch.randn(shape, generator=generator) * size**0.5).bfloat16() for shape in [(1, 1, 2, 2), (1, 2, 2)]
+        )
+        value = torch.randn(1, 2, 2, generator=generator).bfloat16()
+        out, log_sum = attention_products.attend(query, key, value, False, 1.0)
+        _, expected = straight(query.double(), key.double(), value.double(), False, 1.0)
+        assert out.isfinite().all()
+        assert (log_sum.double() - expected).abs().max() <= 1e-4 * size
+
+
+def test_a_second_derivative_is_refused():
+    """The backward pass takes the log-sum-exps for constants."""
+    tensors = inputs(20, torch.bfloat16)
+    output = AttendSegments(packed([[1] * 20]), CPU)(0, *tensors, 0.3)
+    (first,) = torch.autograd.grad(output.float().square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("count", [1, 3, attention.FEW, attention.FEW + 1])
 @pytest.mark.parametrize("few_calls", [False, True])
 def test_sequences_without_a_common_prefix(count, few_calls, monkeypatch):

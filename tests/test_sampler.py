@@ -64,7 +64,7 @@ def way(request):
         patch.setattr(attention, "in_few_calls", lambda _: request.param == "GPU")
         if request.param == "products":
             for module in (local, attention):
-                patch.setattr(module, "by_products", lambda *_: True)
+                patch.setattr(module, "uses_products", lambda *_: True)
         if request.param != "packed":
             patch.setattr(local, "can_pack", lambda *_: False)
         yield request.param

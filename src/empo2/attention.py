@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from empo2 import attention_products
 from empo2.errors import UsageError
@@ -148,6 +149,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, weight = ctx.saved_tensors
         grads = [torch.zeros_like(tensor, dtype=weight.dtype) for tensor in (query, key, value)]

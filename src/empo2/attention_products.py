@@ -16,35 +16,43 @@ from torch import Tensor
 
 CAUSAL_BLOCK, BLOCK = 128, 512  #: queries at a time, of each head: few where a block computes masked pairs, too
 LOOKED_AT = 8  #: of so many keys one is looked at to find about how large a row's scores are
-FAR = 1e6  #: sum of a row's exponentials for which all keys are looked at: some score is well above those that were
+FAR = 1e6  #: sum of a row's exponentials for which all keys are looked at: some score is over 8 above those that were
+MOST_CORRECTIONS = 3  #: of what is subtracted; one makes it exact but for scores of tens of thousands
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The output, [K, G, n, D], and its log-sum-exp, [K, G, n], both in float32 or better."""
+    """The output, [K, G, n, D], and its log-sum-exp, [K, G, n], both in float32 or better.
+
+    From a row's scores something near the largest is subtracted before the exponential. The first block of a causal
+    look knows key 0 only, as no other is seen by all its queries.
+    """
     exact = torch.promote_types(query.dtype, torch.float32)
-    out, weight = query.new_empty(query.shape, dtype=exact), query.new_empty(query.shape[:3], dtype=exact)
-    keys = _widened(key)
+    out, log_sum = query.new_empty(query.shape, dtype=exact), query.new_empty(query.shape[:3], dtype=exact)
+    widened = _widened(key)
     for block, seen in _blocks(query.shape[2], key.shape[1], causal):
-        q, known = query[:, :, block].flatten(1, 2), key[:, : block.start + 1 if causal else seen]
-        near = _product(q, known[:, ::LOOKED_AT], scale).amax(-1).to(exact)
-        weights = _weights(q, near, keys[:, :seen], block, causal, scale)
+        q, keys = query[:, :, block].flatten(1, 2), widened[:, :seen]
+        seen_by_all = key[:, : block.start + 1 if causal else seen]
+        near = _product(q, seen_by_all[:, ::LOOKED_AT], scale).amax(-1).to(exact)
+        weights = _weights(q, near, keys, block, causal, scale)
         total = _sums(weights)
-        if not float(total.max()) < FAR:
-            near = _hide(_product(q, key[:, :seen], scale), block, causal).amax(-1).to(exact)
-            weights = _weights(q, near, keys[:, :seen], block, causal, scale)
+        for _ in range(MOST_CORRECTIONS):
+            if float(total.min()) > 0 and float(total.max()) < FAR:
+                break
+            near += _hide(_less(q, near, keys, scale), block, causal).amax(-1)
+            weights = _weights(q, near, keys, block, causal, scale)
             total = _sums(weights)
         found = torch.bmm(weights, value[:, :seen]) / total[..., None]
         out[:, :, block] = found.view(out[:, :, block].shape)
-        weight[:, :, block] = (near + total.log()).view(weight[:, :, block].shape)
-    return out, weight
+        log_sum[:, :, block] = (near + total.log()).view(log_sum[:, :, block].shape)
+    return out, log_sum
 
 
 def gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, weight: Tensor, causal: bool, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of queries, keys and values, each float32, from that of the output, [K, G, n, D].
 
-    ``out`` [K, G, n, D] and ``weight`` [K, G, n], the log-sum-exps in float32, may be those of several looks joined.
+    ``out`` [K, G, n, D] and ``log_sum`` [K, G, n], the log-sum-exps in float32, may be those of several looks joined.
     """
     of_query = torch.empty(query.shape, dtype=torch.float32)
     of_key, of_value = (torch.zeros(key.shape, dtype=torch.float32) for _ in range(2))
@@ -52,7 +60,7 @@ def gradients(
     mean = (grad.float() * out).sum(-1)
     for block, seen in _blocks(query.shape[2], key.shape[1], causal):
         q, g = query[:, :, block].flatten(1, 2), grad[:, :, block].flatten(1, 2)
-        weights = _weights(q, weight[:, :, block].flatten(1), keys[:, :seen], block, causal, scale)
+        weights = _weights(q, log_sum[:, :, block].flatten(1), keys[:, :seen], block, causal, scale)
         of_value[:, :seen] += torch.bmm(weights.transpose(1, 2), g)
         of_scores = _less(g, mean[:, :, block].flatten(1), values[:, :seen], 1.0).mul_(weights)
         of_query[:, :, block] = torch.bmm(of_scores, key[:, :seen]).view(of_query[:, :, block].shape)
@@ -97,7 +105,7 @@ def _less(left: Tensor, subtracted: Tensor, widened: Tensor, scale: float) -> Te
 
     A product is summed in float32, but its result is rounded to the eight bits of bfloat16: of a score of 30 that
     leaves ±0.06. So what is subtracted is part of the product, in two more columns, as its high and its low bits: what
-    is rounded is then small where the pair weighs much.
+    is rounded is then the smaller, the nearer it is to the score of a pair that weighs much.
     """
     subtracted = subtracted / scale
     high = subtracted.to(left.dtype)

@@ -47,7 +47,7 @@ class AttendCache:
         self._width = max(sizes)
         self._batched = self._width == 1 or (in_few_calls(device) and self._width * len(chunks) <= MOST_PADDED)
         dtype = cache.keys[0].dtype
-        self._by_products = by_products(dtype, device)
+        self._in_products = uses_products(dtype, device)
         if self._batched:
             end = compacted.stop if compacted else self.longest
             rows = [compacted.row[chunk.slot] if compacted else chunk.slot for chunk in chunks]
@@ -64,7 +64,7 @@ class AttendCache:
             self._member, self._row, self._slot = torch.tensor(places, device=device).unbind(1)
             self._place = seen[self._member, self._row]
             self._copied = torch.tensor(rows) if compacted else None
-        elif not self._by_products:
+        elif not self._in_products:
             self._masks = [_additive(~_seen(chunk, shared, device), dtype) for chunk in chunks]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -74,7 +74,7 @@ class AttendCache:
         if self._copy:
             for copy, new in ((self._copy.keys[layer], key), (self._copy.values[layer], value)):
                 copy[self._copied, :, self._place - self._shared] = new[0].transpose(0, 1)
-        if self._by_products:
+        if self._in_products:
             return self._large_products(layer, query, scale)
         out, weight = self._rests(query, keys, values, scale)
         if not self._shared:
@@ -140,7 +140,7 @@ class AttendCache:
         return found[self._member, :, self._row].transpose(0, 1)[None]
 
 
-def by_products(dtype: torch.dtype, device: torch.device) -> bool:
+def uses_products(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and not in_few_calls(device)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from empo2 import streams
 from empo2.errors import TrainingDiverged
-from empo2.sampler.attention import AttendCache, Chunk, by_products
+from empo2.sampler.attention import AttendCache, Chunk, uses_products
 from empo2.sampler.cache import Compacted, KVCache
 from empo2.sampler.packed import can_pack, load_packed, pack_linears
 from empo2.sequences import common_prefix
@@ -25,7 +25,7 @@ WORTH_COPYING = 16  #: tokens by which another slot's prefix must be longer than
 
 
 class LocalSampler:
-    """A sampling copy of the policy in this process. ``model`` uses `attention.NAME` and is owned by the sampler."""
+    """A sampling copy of the policy in this process. ``model``: with `empo2.attention.NAME`, owned by the sampler."""
 
     def __init__(self, model: Any, tokenizer: Any, stop_ids: frozenset[int], num_slots: int) -> None:
         self._model = model.eval()
@@ -35,7 +35,7 @@ class LocalSampler:
         self._cache = KVCache(model.config, num_slots, dtype, self._device)
         self._packed = pack_linears(model) if can_pack(dtype, self._device) else []
         self._cached: list[TokenIds] = [()] * num_slots
-        self._compacted = Compacted(self._cache) if by_products(dtype, self._device) else None
+        self._compacted = Compacted(self._cache) if uses_products(dtype, self._device) else None
         self.version = 0
         self.tokens_computed = 0  #: tokens that went through the model
         self.tokens_reused = 0  #: prompt tokens taken from the cache
