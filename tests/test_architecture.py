@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "empo2"
 
 LAYERS = [
-    {"errors", "types", "config", "streams", "__init__"},
+    {"errors", "types", "config", "streams", "cache", "__init__"},
     {
         "chat",
         "prompts",

@@ -52,8 +52,15 @@ class Parts:
 def make_suite(config: Config) -> Suite:
     """The recipe's environment. Raises ConfigError for an unknown environment or task."""
     env = config.env
-    options: dict[str, dict[str, str]] = {
+    options: dict[str, dict[str, Any]] = {
         "scienceworld": {"simplification": env.simplification, "observation": env.observation},
+        "webshop": {
+            "catalogue": env.catalogue,
+            "num_products": env.num_products,
+            "seed": env.catalogue_seed,
+            "page": env.page,
+            "fixed_reward": env.fixed_reward,
+        },
         "textworld-express": {"observation": env.observation},
     }
     made = suite(env.name, **options.get(env.name, {}))
@@ -104,8 +111,8 @@ def preflight(config: Config) -> None:
 
     algorithm(config)
     environment = make_suite(config)
-    scopes_instead(config, train_tasks(config, environment))
     environment.check()
+    scopes_instead(config, train_tasks(config, environment))
     device_of(config)
     if config.model.path not in (models.TINY, *models.fetchable()):
         models.locate(config.model.path)

@@ -60,6 +60,19 @@ class EnvConfig:
     """What ScienceWorld and TextWorld-Express show after an action. reply: the simulator's reply (the paper); room:
     also the room, when it changed or the action was not known (looking is free there), less what is the same in every
     room ("the agent", "air", open doors; in Coin Collector the furniture); small models then act on what they see."""
+    catalogue: str = ""
+    """WebShop: folder of the official files (items_shuffle*.json, items_ins_v2*.json and, for task `human`,
+    items_human_ins*.json); empty: a made-up catalogue, written once into the cache."""
+    num_products: int = 0
+    """WebShop: only the first so many products of the files; 0: all, or 2,000 made-up ones."""
+    catalogue_seed: int = 0
+    """WebShop: seed of prices, price limits and made-up products; it changes what is asked for."""
+    page: Literal["text", "text_rich", "short"] = "text"
+    """WebShop's observations. text and text_rich: as the original has them; short: text without the instruction, which
+    the first turn says, with chosen options marked."""
+    fixed_reward: bool = False
+    """WebShop: compare an option that was asked for by its value. In the original (false) a name and value are compared
+    as one, so that some goals cannot be reached by any purchase."""
     reward_scale: float = 0.01
     """Factor from the environment's reward to the learning signal (ScienceWorld's scores reach 100)."""
 

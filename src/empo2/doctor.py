@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from empo2 import models
+from empo2.cache import cache_folder
 from empo2.errors import Empo2Error
 from empo2.run import available_cores, package_version, processor
 
@@ -59,7 +60,7 @@ def _machine() -> Iterator[Finding]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else 0.0
     small = "" if pages >= 8 else "the default recipe wants 8 GB; lower env.live and collect.group_size"
     yield Finding(part="memory", found=f"{pages:.0f} GB", remedy=small)
-    folder = models.cache_folder()
+    folder = cache_folder()
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(place).free / 2**30
     full = "" if free >= 5 else f"free 5 GB below {place}, or set EMPO2_CACHE to another folder"

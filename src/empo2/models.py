@@ -8,7 +8,6 @@ verified.
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from empo2.cache import cache_folder
 from empo2.config import recipe_folder
 from empo2.errors import MissingPart, UsageError
 
@@ -74,13 +74,6 @@ WARMED = {
 def fetchable() -> tuple[str, ...]:
     """Names of models that `fetch` knows."""
     return (*WHEELS, *WARMED)
-
-
-def cache_folder() -> Path:
-    """Where fetched models live: ``$EMPO2_CACHE``, or ``empo2`` in the user's cache folder."""
-    if chosen := os.environ.get("EMPO2_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "empo2"
 
 
 def fetched(name: str) -> Path | None:

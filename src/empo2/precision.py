@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from empo2.models import cache_folder
+from empo2.cache import cache_folder
 from empo2.run import available_cores, processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

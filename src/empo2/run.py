@@ -79,8 +79,11 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> "RunFolder":
-        """Start a new run. Raises UsageError if the folder already holds one or cannot be made."""
+    def create(cls, path: Path, config: Config, environment: Mapping[str, Any] | None = None) -> "RunFolder":
+        """Start a new run. ``environment``: what its tasks depend on (`envs.base.about`).
+
+        Raises UsageError if the folder already holds one or cannot be made.
+        """
         if (path / "config.toml").exists():
             raise UsageError(f"{path} already holds a run; add --resume to go on with it, or choose another --run")
         try:
@@ -89,7 +92,8 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"the run folder {path} cannot be made ({error.strerror}); choose another --run") from None
         run = cls(path)
-        write_whole(path / "run.json", json.dumps(provenance(config), indent=1).encode())
+        told = provenance(config) | {"environment": dict(environment or {})}
+        write_whole(path / "run.json", json.dumps(told, indent=1).encode())
         write_whole(path / "config.toml", tomli_w.dumps(configs.to_dict(config)).encode())
         return run
 
@@ -140,9 +144,18 @@ class RunFolder:
         longer = replace(config, train=replace(config.train, steps=steps))
         write_whole(self.path / "config.toml", tomli_w.dumps(configs.to_dict(longer)).encode())
 
-    def note_resumption(self, config: Config) -> None:
-        """Add to run.json what the run goes on with, where that is not what it ran with before."""
+    def note_resumption(self, config: Config, environment: Mapping[str, Any] | None = None) -> None:
+        """Add to run.json what the run goes on with, where that is not what it ran with before.
+
+        Raises UsageError for another ``environment``: the run's tasks would be others.
+        """
         told = self.provenance()
+        begun = told.get("environment", {})
+        if environment is not None and dict(environment) != begun:
+            raise UsageError(
+                f"{self.path} was begun with the environment {begun}, which is now {dict(environment)}; "
+                "put its files back, or start a new run"
+            )
         resumed = list(told.get("resumed", []))
         now = {key: value for key, value in provenance(config).items() if key in ON_RESUMPTION}
         before = (resumed or [told])[-1]

@@ -45,8 +45,9 @@ def execute(parsed: argparse.Namespace) -> int:
         recipe = _resumed_recipe(parsed)
     else:
         recipe = config.from_dict(config.with_overrides(config.read_recipe(name), chosen_settings(parsed)))
-    from empo2.assemble import imitated_tasks, preflight, resolved
+    from empo2.assemble import imitated_tasks, make_suite, preflight, resolved
     from empo2.display import Display, curve, solved_line, summary
+    from empo2.envs.base import about
     from empo2.run import RunFolder
 
     quiet_libraries()
@@ -59,16 +60,17 @@ def execute(parsed: argparse.Namespace) -> int:
     fetch_missing(recipe, display.say)
     if known := imitated_tasks(recipe):
         display.say(f"{len(known)} of the tasks were shown in the policy's warm-up ({known[0]}): no exploration there")
+    environment = about(make_suite(recipe))
     if not parsed.resume:
         folder = parsed.run or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = RunFolder.create(folder, recipe)
+        run = RunFolder.create(folder, recipe, environment)
     stop = _StopOnInterrupt(display.say)
     with run.locked():
         if not _is_finished(run, recipe.train.steps):
             display.say(f"run folder: {run.path}")
             if parsed.resume:
                 run.extend(recipe.train.steps)
-                run.note_resumption(recipe)
+                run.note_resumption(recipe, environment)
             _train(recipe, run, display, stop, new=not parsed.resume)
     if stop.asked() and run.checkpoints()[-1].step < recipe.train.steps:
         display.say(f"saved at step {run.checkpoints()[-1].step}; go on with: empo2 train --resume --run {run.path}")

@@ -42,7 +42,21 @@ class HasWorkedExamples(Protocol):
     def worked_example(self, task: Task) -> WorkedExample | None: ...
 
 
-SUITES = ("scienceworld", "textworld-express", "lock", "toy")
+class HasAbout(Protocol):
+    """A suite whose tasks depend on files or seeds that its name doesn't tell."""
+
+    def about(self) -> dict[str, Any]:
+        """What tells them apart, in plain values: written into every run's run.json."""
+        ...
+
+
+def about(suite: Suite) -> dict[str, Any]:
+    """What the suite's tasks depend on besides its name; empty if nothing."""
+    told: dict[str, Any] = suite.about() if hasattr(suite, "about") else {}
+    return told
+
+
+SUITES = ("scienceworld", "webshop", "textworld-express", "lock", "toy")
 
 
 def suite(name: str, **options: Any) -> Suite:
@@ -51,6 +65,10 @@ def suite(name: str, **options: Any) -> Suite:
         from empo2.envs.scienceworld import ScienceWorldSuite
 
         return ScienceWorldSuite(**options)
+    if name == "webshop":
+        from empo2.envs.webshop.environment import WebShopSuite
+
+        return WebShopSuite(**options)
     if name == "textworld-express":
         from empo2.envs.textworld_express import TextWorldExpressSuite
 
