@@ -12,7 +12,7 @@ import pytest
 
 from empo2 import cli
 from empo2 import run as runs_folder
-from empo2.errors import CheckpointError
+from empo2.errors import CheckpointError, UsageError
 from empo2.run import RunFolder
 from runs import fingerprint, run_training, smoke, without_evaluation
 
@@ -60,6 +60,14 @@ def test_what_a_run_goes_on_with_is_noted_where_it_differs(tmp_path: Path, monke
     assert run.provenance() | {"resumed": noted} == begun | {"resumed": noted}, "what it began with stays"
     run.note_resumption(run.config())
     assert run.provenance()["resumed"] == noted
+
+
+def test_a_run_does_not_go_on_in_another_environment(tmp_path: Path):
+    run = RunFolder.create(tmp_path / "run", smoke(), {"checksum": "a"})
+    assert run.provenance()["environment"] == {"checksum": "a"}
+    run.note_resumption(run.config(), {"checksum": "a"})
+    with pytest.raises(UsageError, match="put its files back, or start a new run"):
+        run.note_resumption(run.config(), {"checksum": "b"})
 
 
 def test_a_finished_run_made_longer_equals_one_planned_so(straight: RunFolder, tmp_path: Path):
