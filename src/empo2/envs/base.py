@@ -1,5 +1,6 @@
 """What an environment offers besides `Environment` (types.py): its tasks, splits, instructions and worked examples."""
 
+from collections.abc import Iterable
 from typing import Any, Literal, Protocol, get_args
 
 from empo2.config import nearest
@@ -40,6 +41,16 @@ class HasWorkedExamples(Protocol):
     """An environment that can solve its own tasks."""
 
     def worked_example(self, task: Task) -> WorkedExample | None: ...
+
+
+def replayed(environment: Environment, task: Task, actions: Iterable[str]) -> WorkedExample:
+    """A worked example: the episode in which these actions are done."""
+    observation, info = environment.reset(task, 0)
+    turns = []
+    for action in actions:
+        turns.append((observation, action))
+        observation = environment.step(action)[0]
+    return WorkedExample(task_text=info["task"], turns=tuple(turns))
 
 
 class HasAbout(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from empo2.envs import jvm
-from empo2.envs.base import Split
+from empo2.envs.base import Split, replayed
 from empo2.envs.jvm import Jvm
 from empo2.errors import EnvironmentCrashed, UsageError
 from empo2.types import Task, WorkedExample
@@ -95,13 +95,7 @@ class TextWorldExpressEnvironment:
 
     def worked_example(self, task: Task) -> WorkedExample:
         """The shortest way to the coin (the simulator's own gold path wanders, another way in each process)."""
-        actions = self.shortest_way(task)
-        observation, info = self.reset(task, 0)
-        turns = []
-        for action in actions:
-            turns.append((observation, action))
-            observation = self.step(action)[0]
-        return WorkedExample(task_text=info["task"], turns=tuple(turns))
+        return replayed(self, task, self.shortest_way(task))
 
     def shortest_way(self, task: Task) -> tuple[str, ...]:
         """The fewest actions that take the coin; among equals the first in alphabetical order of rooms and exits."""

@@ -8,7 +8,7 @@ import random
 import re
 from typing import Any
 
-from empo2.envs.base import Split
+from empo2.envs.base import Split, replayed
 from empo2.types import Task, WorkedExample
 
 ROOMS = ("hall", "kitchen", "attic", "cellar", "garden", "study", "porch", "tower")
@@ -62,12 +62,9 @@ class ToyEnvironment:
 
     def worked_example(self, task: Task) -> WorkedExample:
         """The shortest way to the coin."""
-        observation, info = self.reset(task, 0)
-        turns = []
-        for action in [*(f"go {direction}" for direction in self._way(self.room, self.coin)), "take coin"]:
-            turns.append((observation, action))
-            observation = self.step(action)[0]
-        return WorkedExample(task_text=info["task"], turns=tuple(turns))
+        self.reset(task, 0)
+        way = self._way(self.room, self.coin)
+        return replayed(self, task, [*(f"go {direction}" for direction in way), "take coin"])
 
     def _way(self, start: str, goal: str, came_from: str = "") -> list[str]:
         for direction, room in self.doors[start].items():

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from empo2.envs.base import Split
+from empo2.envs.base import Split, replayed
 from empo2.envs.webshop import generate, installed, kept
 from empo2.envs.webshop.catalogue import Catalogue, Indexed
 from empo2.envs.webshop.pages import PER_PAGE, Form
@@ -103,12 +103,7 @@ class WebShopEnvironment:
         wanted = goal.options.values() if isinstance(goal.options, dict) else goal.options
         actions = [f"search[{words}]", *["click[next >]"] * (hits.index(goal.place) // PER_PAGE)]
         actions += [f"click[{product.asin.lower()}]", *(f"click[{value}]" for value in wanted), "click[buy now]"]
-        observation, info = self.reset(task, 0)
-        turns = []
-        for action in actions:
-            turns.append((observation, action))
-            observation = self.step(action)[0]
-        return WorkedExample(task_text=info["task"], turns=tuple(turns))
+        return replayed(self, task, actions)
 
     def _goods(self, task: Task) -> Catalogue:
         if task.name not in TASKS:
