@@ -621,6 +621,11 @@ def test_a_broken_catalogue_leaves_nothing_in_the_cache(tmp_path):
     assert not list((tmp_path / "cache" / "webshop").iterdir())
 
 
+def test_a_catalogue_without_products_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"items_shuffle.json holds no product"):
+        kept(write(tmp_path, []))
+
+
 def test_a_made_up_catalogue_can_be_bought_from(tmp_path):
     (tmp_path / "shop").mkdir()
     write_catalogue(tmp_path / "shop", 60, seed=3)

@@ -7,13 +7,24 @@ or the price. The product's noun stands in each title, every product has an entr
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from empo2.cache import made_once
 
-#: What is sold: category, path of categories, plural (the query), singular, attributes, names of options.
-KINDS: list[tuple[str, str, str, str, str, str]] = [
-    (
+
+class Kind(NamedTuple):
+    """What is sold."""
+
+    category: str
+    path: str  #: of categories
+    query: str  #: its name in the plural
+    noun: str
+    attributes: str  #: which of `ATTRIBUTES`
+    options: str  #: names, which of `VALUES`
+
+
+KINDS = [
+    Kind(
         "garden",
         "Home & Kitchen › Furniture › Living Room Furniture › Tables",
         "coffee tables",
@@ -21,26 +32,28 @@ KINDS: list[tuple[str, str, str, str, str, str]] = [
         "furniture",
         "color size",
     ),
-    ("garden", "Home & Kitchen › Bedding › Pillows", "throw pillows", "throw pillow", "fabric", "color size"),
-    ("garden", "Home & Kitchen › Bath › Towels", "bath towels", "bath towel", "fabric", "color"),
-    ("garden", "Home & Kitchen › Lighting › Lamps", "table lamps", "table lamp", "furniture", "color style"),
-    ("garden", "Home & Kitchen › Storage › Baskets", "storage baskets", "storage basket", "furniture", "color size"),
-    ("fashion", "Clothing › Men › Shirts", "men's shirts", "men shirt", "clothing", "color size"),
-    ("fashion", "Clothing › Women › Dresses", "women's dresses", "women dress", "clothing", "color size"),
-    ("fashion", "Clothing › Women › Shoes › Boots", "ankle boots", "ankle boot", "clothing", "color size"),
-    ("fashion", "Clothing › Men › Jackets", "rain jackets", "rain jacket", "clothing", "color size"),
-    ("fashion", "Clothing › Accessories › Scarves", "winter scarves", "winter scarf", "fabric", "color"),
-    ("beauty", "Beauty › Skin Care › Face › Creams", "face creams", "face cream", "beauty", "scent size"),
-    ("beauty", "Beauty › Hair Care › Shampoo", "shampoos", "shampoo", "beauty", "scent size"),
-    ("beauty", "Beauty › Oral Care › Toothbrushes", "toothbrushes", "toothbrush", "beauty", "color"),
-    ("beauty", "Beauty › Makeup › Lips", "lip balms", "lip balm", "beauty", "flavor"),
-    ("beauty", "Beauty › Tools › Brushes", "makeup brushes", "makeup brush", "beauty", "color style"),
-    ("grocery", "Grocery › Snacks › Bars", "granola bars", "granola bar", "food", "flavor size"),
-    ("grocery", "Grocery › Beverages › Tea", "herbal teas", "herbal tea", "food", "flavor size"),
-    ("grocery", "Grocery › Snacks › Chips", "potato chips", "potato chip", "food", "flavor size"),
-    ("grocery", "Grocery › Pantry › Sauces", "pasta sauces", "pasta sauce", "food", "flavor"),
-    ("grocery", "Grocery › Snacks › Nuts", "roasted almonds", "roasted almond", "food", "flavor size"),
-    (
+    Kind("garden", "Home & Kitchen › Bedding › Pillows", "throw pillows", "throw pillow", "fabric", "color size"),
+    Kind("garden", "Home & Kitchen › Bath › Towels", "bath towels", "bath towel", "fabric", "color"),
+    Kind("garden", "Home & Kitchen › Lighting › Lamps", "table lamps", "table lamp", "furniture", "color style"),
+    Kind(
+        "garden", "Home & Kitchen › Storage › Baskets", "storage baskets", "storage basket", "furniture", "color size"
+    ),
+    Kind("fashion", "Clothing › Men › Shirts", "men's shirts", "men shirt", "clothing", "color size"),
+    Kind("fashion", "Clothing › Women › Dresses", "women's dresses", "women dress", "clothing", "color size"),
+    Kind("fashion", "Clothing › Women › Shoes › Boots", "ankle boots", "ankle boot", "clothing", "color size"),
+    Kind("fashion", "Clothing › Men › Jackets", "rain jackets", "rain jacket", "clothing", "color size"),
+    Kind("fashion", "Clothing › Accessories › Scarves", "winter scarves", "winter scarf", "fabric", "color"),
+    Kind("beauty", "Beauty › Skin Care › Face › Creams", "face creams", "face cream", "beauty", "scent size"),
+    Kind("beauty", "Beauty › Hair Care › Shampoo", "shampoos", "shampoo", "beauty", "scent size"),
+    Kind("beauty", "Beauty › Oral Care › Toothbrushes", "toothbrushes", "toothbrush", "beauty", "color"),
+    Kind("beauty", "Beauty › Makeup › Lips", "lip balms", "lip balm", "beauty", "flavor"),
+    Kind("beauty", "Beauty › Tools › Brushes", "makeup brushes", "makeup brush", "beauty", "color style"),
+    Kind("grocery", "Grocery › Snacks › Bars", "granola bars", "granola bar", "food", "flavor size"),
+    Kind("grocery", "Grocery › Beverages › Tea", "herbal teas", "herbal tea", "food", "flavor size"),
+    Kind("grocery", "Grocery › Snacks › Chips", "potato chips", "potato chip", "food", "flavor size"),
+    Kind("grocery", "Grocery › Pantry › Sauces", "pasta sauces", "pasta sauce", "food", "flavor"),
+    Kind("grocery", "Grocery › Snacks › Nuts", "roasted almonds", "roasted almond", "food", "flavor size"),
+    Kind(
         "electronics",
         "Electronics › Headphones › Wireless",
         "wireless headphones",
@@ -48,7 +61,7 @@ KINDS: list[tuple[str, str, str, str, str, str]] = [
         "electronics",
         "color",
     ),
-    (
+    Kind(
         "electronics",
         "Electronics › Computers › Keyboards",
         "computer keyboards",
@@ -56,9 +69,15 @@ KINDS: list[tuple[str, str, str, str, str, str]] = [
         "electronics",
         "color style",
     ),
-    ("electronics", "Electronics › Cables › Chargers", "phone chargers", "phone charger", "electronics", "color size"),
-    ("electronics", "Electronics › Audio › Speakers", "portable speakers", "portable speaker", "electronics", "color"),
-    ("electronics", "Electronics › Cameras › Tripods", "camera tripods", "camera tripod", "electronics", "color size"),
+    Kind(
+        "electronics", "Electronics › Cables › Chargers", "phone chargers", "phone charger", "electronics", "color size"
+    ),
+    Kind(
+        "electronics", "Electronics › Audio › Speakers", "portable speakers", "portable speaker", "electronics", "color"
+    ),
+    Kind(
+        "electronics", "Electronics › Cameras › Tripods", "camera tripods", "camera tripod", "electronics", "color size"
+    ),
 ]
 ATTRIBUTES = {
     "furniture": "easy assemble,solid wood,space saving,water resistant,heavy duty,easy clean,hand painted,steel frame",
@@ -78,7 +97,6 @@ VALUES = {
 SYLLABLES = (
     "ba be bo da de do fa fi ka ke ko la le lo ma mi mo na ne no ra ri ro sa se so ta ti to va ve vo za zu".split()
 )
-MEMBERS = 4  #: of a family
 NUM_PRODUCTS = 2000
 FORMAT = 1  #: raise it when equal seeds make another catalogue
 
@@ -110,9 +128,9 @@ def write_catalogue(folder: Path, num_products: int, seed: int) -> None:
 def _family(rng: random.Random, first: int) -> list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
     """Products with what is said of each; only the first is asked for."""
     kind = rng.choice(KINDS)
-    pool = ATTRIBUTES[kind[4]].split(",")
+    pool = ATTRIBUTES[kind.attributes].split(",")
     attributes = rng.sample(pool, rng.randint(2, 3))
-    options = {name: rng.sample(VALUES[name].split(","), rng.randint(3, 4)) for name in kind[5].split()}
+    options = {name: rng.sample(VALUES[name].split(","), rng.randint(3, 4)) for name in kind.options.split()}
     price = rng.randint(500, 9000) / 100
     other = rng.choice([attribute for attribute in pool if attribute not in attributes])
     name = rng.choice(list(options))
@@ -125,18 +143,18 @@ def _family(rng: random.Random, first: int) -> list[tuple[dict[str, Any], dict[s
         (attributes, options, round(price * rng.uniform(2, 4) + 40, 2)),
     ]
     made = []
-    for number, (having, offering, costing) in enumerate(members[:MEMBERS]):
+    for number, (having, offering, costing) in enumerate(members):
         product = _product(rng, first + number, kind, having, offering, costing)
         told: dict[str, Any] = {"attributes": having}
         asked: list[dict[str, Any]] = []
         if number == 0:
             wanted = ", ".join(attributes[:-1])
             told |= {
-                "instruction": f"Find me {wanted} {kind[2]} with {attributes[-1]}",
+                "instruction": f"Find me {wanted} {kind.query} with {attributes[-1]}",
                 "instruction_attributes": attributes,
             }
             values = [rng.choice(values) for values in options.values()]
-            text = f"i need a {values[0]} {kind[3]} that is {attributes[0]}."
+            text = f"i need a {values[0]} {kind.noun} that is {attributes[0]}."
             asked = [{"instruction": text, "instruction_attributes": attributes[:1], "instruction_options": values[:1]}]
         made.append((product, told, asked))
     return made
@@ -145,7 +163,7 @@ def _family(rng: random.Random, first: int) -> list[tuple[dict[str, Any], dict[s
 def _product(
     rng: random.Random,
     number: int,
-    kind: tuple[str, ...],
+    kind: Kind,
     attributes: list[str],
     options: dict[str, list[str]],
     price: float,

@@ -20,6 +20,7 @@ from empo2.cache import made_once
 from empo2.envs.webshop.catalogue import Indexed, Indexing, Listing
 from empo2.envs.webshop.products import Product, official_files, read_products
 from empo2.envs.webshop.search import SearchIndex
+from empo2.errors import UsageError
 
 FORMAT = 1  #: of the cache; raise it when what is kept changes
 REMEMBERED = 4096  #: products that are not read twice
@@ -50,6 +51,8 @@ def _write(folder: Path, files: Sequence[Path], target: Path, limit: int | None)
         for product in read_products(folder, limit=limit):
             indexing.add(product)
             offsets.append(offsets[-1] + file.write(pickle.dumps(product, protocol=5)))
+    if len(offsets) == 1:
+        raise UsageError(f"{files[0]} holds no product")
     parts = indexing.done(())
     np.save(target / "offsets.npy", np.array(offsets, np.int64))
     for name, array in {**_arrays(parts.listing), **_arrays(parts.search)}.items():

@@ -1,4 +1,4 @@
-"""WebShop's pages as sequences of text nodes, their clickables, and the two forms in which an agent reads them."""
+"""WebShop's pages as sequences of text nodes, their clickables, and the forms in which an agent reads them."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""WebShop's products, read from the official files as the original reads them, and where each field's rules are.
+"""WebShop's products, read from the official files as the original reads them.
 
 Rules: Yao et al. 2022 (arXiv 2207.01206) and its public code; docs/environments.md says what differs here.
 """
