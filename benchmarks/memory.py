@@ -1,6 +1,6 @@
 """The most memory that a training run takes, all its processes together (proportional set size; Linux).
 
-python benchmarks/memory.py [RECIPE [FLAGS …]]        # default: the default recipe, two steps, no evaluation
+python benchmarks/memory.py [RECIPE [FLAGS …]]        # default: the default recipe, all of its steps, no evaluation
 """
 
 import subprocess
@@ -10,7 +10,7 @@ import time
 
 import psutil
 
-FLAGS = ["--train.steps", "2", "--eval.num_variations", "0", "--eval.train_variations", "0"]
+FLAGS = ["--eval.num_variations", "0", "--eval.train_variations", "0"]
 
 
 def pss(process: psutil.Process) -> int:

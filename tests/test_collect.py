@@ -87,6 +87,20 @@ def test_a_first_prompt_that_does_not_fit_is_refused(parts: Parts):
         parts.collector.collect(plans(1), RULES)
 
 
+def test_nothing_stays_cached_whether_collecting_ends_or_fails(parts: Parts):
+    parts.collector.collect(plans(3), RULES)
+    assert not any(parts.collector.sampler._cached)  # type: ignore[attr-defined]
+
+    def fails(slot: int):
+        assert any(parts.collector.sampler._cached)  # type: ignore[attr-defined]
+        raise UsageError("made up")
+
+    parts.pool.receive_step = fails  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="made up"):
+        parts.collector.collect(plans(3), RULES)
+    assert not any(parts.collector.sampler._cached)  # type: ignore[attr-defined]
+
+
 def test_tokens_and_time_are_counted(parts: Parts):
     found = parts.collector.collect(plans(3), RULES)
     counters = parts.collector.counters

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from empo2 import models
+from empo2.assemble import assemble
 from empo2.config import LossConfig
+from empo2.train import take_step
 from empo2.types import EpisodeKey, Mode
+from runs import smoke
 from test_learner import batch_of, distance, make_learner, play_group, precision, shifted, updated  # noqa: F401
 
 LOSS = LossConfig(delta=0.002, kl=0.1, entropy=0.05)
@@ -94,3 +97,26 @@ def test_kl_is_exactly_zero_while_the_policy_is_the_reference(compute_dtype):
     learner.prepare(step)
     batch = [replace(s, spans=tuple(replace(span, advantage=0.0) for span in s.spans)) for s in step[::2]]
     assert learner.update(batch, {}, 1e-3).kl == 0
+
+
+@pytest.mark.parametrize("last_layers", [0, 1])
+def test_the_reference_holds_no_copy_of_what_is_not_trained(last_layers, tmp_path):
+    """And an update changes nothing in it."""
+    recipe = smoke(("learner.last_layers", last_layers), ("loss.kl", 0.1), ("train.steps", 1), ("learner.lr", 0.1))
+    parts = assemble(recipe, tmp_path / "store.sqlite", with_learner=True)
+    try:
+        learner = parts.learner
+        reference = dict(learner._reference.named_parameters())
+        before = {name: parameter.clone() for name, parameter in reference.items()}
+        trained, frozen = [], []
+        for name, parameter in learner.model.named_parameters():
+            shares = reference[name].data_ptr() == parameter.data_ptr()
+            assert shares == (not parameter.requires_grad)
+            (trained if parameter.requires_grad else frozen).append(name)
+        assert trained
+        assert bool(frozen) == bool(last_layers)
+        take_step(parts, 1, 1)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in reference.items())
+        assert any(not torch.equal(parameter, before[name]) for name, parameter in learner.model.named_parameters())
+    finally:
+        parts.close()

@@ -336,6 +336,14 @@ def test_forget_makes_a_call_independent_of_earlier_ones():
     assert sampler.tokens_computed - again == computed
 
 
+def test_forget_gives_the_memory_of_the_cache_back():
+    sampler = make_sampler()
+    sampler.sample([request(slot, ids(70)) for slot in range(4)], WARM)
+    assert all(tensor.numel() for tensor in (*sampler._cache.keys, *sampler._cache.values))
+    sampler.forget()
+    assert not any(tensor.numel() for tensor in (*sampler._cache.keys, *sampler._cache.values))
+
+
 # ---------------------------------------------------------------- how a completion ends
 
 

@@ -1,6 +1,7 @@
-"""Memory that one update frees is kept for the next."""
+"""What the libraries below keep for later: of freed memory, and of products that they have computed."""
 
 import ctypes
+import os
 import platform
 
 import torch
@@ -8,6 +9,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 2**30  #: bytes
 NEVER = -1
+PRODUCTS_KEPT = 128
 
 
 def keep_freed_memory(dtype: torch.dtype) -> None:
@@ -23,3 +25,13 @@ def keep_freed_memory(dtype: torch.dtype) -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
     libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def keep_few_products() -> None:
+    """Have torch's oneDNN keep the last `PRODUCTS_KEPT` kinds of product, not 1,024; to be called before the first.
+
+    A kind is one pair of shapes, of which sequences of all lengths make thousands. In bfloat16 each takes 0.3 MB in
+    either of two caches, more than 1 GB after some steps (docs/log.md, 2026-11-29). What the user has set, stays.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and that of torch's ideep
+        os.environ.setdefault(cache, str(PRODUCTS_KEPT))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from empo2 import models, precision, store
-from empo2.allocator import keep_freed_memory
+from empo2.allocator import keep_few_products, keep_freed_memory
 from empo2.chat import ChatFormat, Message
 from empo2.collect import Collector
 from empo2.config import Config
@@ -129,6 +129,7 @@ def imitated_tasks(config: Config) -> list[Task]:
 
 def resolved(config: Config) -> Config:
     """The recipe with this machine's precision in place of `auto`, so that a run is resumed as it began."""
+    keep_few_products()  # before `fastest` multiplies
     model = config.model
     chosen: dict[str, Any] = {
         key: precision.fastest(device_of(config))
@@ -285,13 +286,16 @@ def _learner(config: Config, device: str) -> Learner:
         models.compile_layers(model)
     if config.learner.recompute != "none":
         models.recompute_layers(model, selective=config.learner.recompute == "selective")
+    reference = load() if config.loss.kl > 0 else None
+    if reference is not None:
+        models.share_frozen(model, reference)
     return Learner(
         model,
         config.learner,
         config.loss,
         temperature=config.collect.temperature,
         compute_dtype=precision.DTYPES[config.model.trainer_dtype],
-        reference=load() if config.loss.kl > 0 else None,
+        reference=reference,
     )
 
 

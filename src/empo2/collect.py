@@ -95,7 +95,12 @@ class Collector:
         Raises UsageError if an episode's first prompt does not fit `model.max_tokens`.
         """
         self.counters = CollectCounters()
-        self.sampler.forget()  # a call's samples must not depend on earlier calls, evaluations among them
+        try:
+            return self._run(plans, rules)
+        finally:  # a call's samples must not depend on earlier calls, and an update needs the cache's memory
+            self.sampler.forget()
+
+    def _run(self, plans: Sequence[EpisodePlan], rules: CollectRules) -> list[Trajectory]:
         waiting = deque(plans)
         done: dict[EpisodeKey, Trajectory] = {}
         live: dict[int, LiveEpisode] = {}

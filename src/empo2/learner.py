@@ -18,7 +18,7 @@ from empo2.frozen import FrozenLayers, replaced
 from empo2.sequences import Pack, pack
 from empo2.types import SpanKey, TrainingSequence
 
-MOST_LOGITS = 2**25  #: computed at once, of a vocabulary at some places: 128 MB in float32, and a few copies of that
+MOST_LOGITS = 2**24  #: computed at once, of a vocabulary at some places: 64 MB in float32, and a few copies of that
 
 Logprobs = dict[SpanKey, tuple[float, ...]]  #: log-probs of a completion's tokens, by the turn they belong to
 

@@ -286,6 +286,14 @@ def train_last_layers(model: Any, count: int) -> None:
     decoder.norm.requires_grad_(True)
 
 
+def share_frozen(model: Any, reference: Any) -> None:
+    """Have ``reference``, a copy of ``model``, hold the model's own tensors where they are not trained."""
+    copies = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            copies[name].data = parameter.data
+
+
 def compile_layers(model: Any) -> None:
     """Compile each transformer layer around its attention, once for all lengths; half a minute at its first use."""
     import torch

@@ -253,7 +253,8 @@ class Sampler(Protocol):
 
     def load_weights(self, weights: Mapping[str, Any], version: int) -> None: ...
 
-    def forget(self) -> None: ...
+    def forget(self) -> None:
+        """Drop what was kept of earlier calls, and its memory."""
 
 
 class Embedder(Protocol):

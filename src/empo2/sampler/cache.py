@@ -42,11 +42,11 @@ class KVCache:
                 tensors[layer] = self._zeros(capacity)
                 tensors[layer][:, :, :before] = tensor[:, :, :before]
 
-    @torch.inference_mode()
-    def clear(self) -> None:
-        """Zero everything: masked positions are multiplied by 0, and 0 · NaN of diverged weights would be NaN."""
-        for tensor in (*self.keys, *self.values):
-            tensor[:, :, : self._length].zero_()
+    def release(self) -> None:
+        """Give the memory back. What comes next starts from zeros, never from keys of weights that diverged to NaN."""
+        self._length = 0
+        self.keys = [self._zeros(0) for _ in self.keys]
+        self.values = [self._zeros(0) for _ in self.values]
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         for tensor in (*self.keys, *self.values):
@@ -61,7 +61,12 @@ class Compacted:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._memory = [torch.zeros(0, dtype=cache.keys[0].dtype) for _ in (*cache.keys, *cache.values)]
+        self.release()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        cached = (*self._cache.keys, *self._cache.values)
+        self._memory = [torch.zeros(0, dtype=tensor.dtype) for tensor in cached]
         self.keys: list[Tensor] = []  #: per layer [slots, H_kv, stop − start, D]
         self.values: list[Tensor] = []
 

@@ -46,13 +46,15 @@ class LocalSampler:
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(weights[name])
         load_packed(self._packed, weights)
-        self._cache.clear()
         self.forget()
         self.version = version
 
     def forget(self) -> None:
-        """Drop all cached prefixes, so that what is sampled next cannot depend on what was sampled before."""
+        """Drop all cached prefixes and their memory: what is sampled next depends on nothing sampled before."""
         self._cached = [()] * len(self._cached)
+        self._cache.release()
+        if self._compacted:
+            self._compacted.release()
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Completion]:
