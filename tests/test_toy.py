@@ -140,5 +140,5 @@ def test_unknown_names_are_refused():
         check_tasks(SUITE, ("coin-3", "coin-4"))
     with pytest.raises(ConfigError, match="no environment 'tay'"):
         suite("tay")
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'size'"):
         suite("toy", size=3)

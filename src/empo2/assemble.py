@@ -14,7 +14,7 @@ from empo2.chat import ChatFormat, Message
 from empo2.collect import Collector
 from empo2.config import Config
 from empo2.embed import CachedEmbedder, HashingEmbedder, SentenceEmbedder
-from empo2.envs.base import Split, Suite, check_tasks, suite
+from empo2.envs.base import Split, Suite, check_tasks, suite_of
 from empo2.envs.pool import EnvironmentPool
 from empo2.episode import PromptRules, tip_room
 from empo2.errors import ConfigError, UsageError
@@ -51,19 +51,7 @@ class Parts:
 
 def make_suite(config: Config) -> Suite:
     """The recipe's environment. Raises ConfigError for an unknown environment or task."""
-    env = config.env
-    options: dict[str, dict[str, Any]] = {
-        "scienceworld": {"simplification": env.simplification, "observation": env.observation},
-        "webshop": {
-            "catalogue": env.catalogue,
-            "num_products": env.num_products,
-            "seed": env.catalogue_seed,
-            "page": env.page,
-            "fixed_reward": env.fixed_reward,
-        },
-        "textworld-express": {"observation": env.observation},
-    }
-    made = suite(env.name, **options.get(env.name, {}))
+    made = suite_of(config.env)
     check_tasks(made, config.env.tasks)
     return made
 

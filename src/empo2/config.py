@@ -41,7 +41,9 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
     name: str = "scienceworld"
-    """Environment (`empo2 envs` lists them)."""
+    """Environment (`empo2 envs` lists them), or MODULE:ATTRIBUTE of one of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What a suite of another package, of your own or `gymnasium` is made of, as a TOML table."""
     tasks: tuple[str, ...] = ("find-non-living-thing",)
     """Task names to train on."""
     variations: tuple[int, ...] = ()
@@ -428,12 +430,27 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
         if value not in choices:
             raise ConfigError(f"{name} = {value!r} is not one of {', '.join(choices)}; {nearest(str(value), choices)}")
         return value
+    if origin is dict:
+        return _table(value, name)
     if origin is tuple:
         items = [v for v in value.split(",") if v] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             raise ConfigError(f"{name} = {value!r} must be a list; write {name} = [{value!r}]")
         return tuple(_coerce(item, typing.get_args(kind)[0], name) for item in items)
     return _scalar(value, kind, name)
+
+
+def _table(value: Any, name: str) -> dict[str, Any]:
+    """A table, or text that is one inside of TOML's braces or with them: `id = "A", n = 3`."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = tomllib.loads(f"table = {text if text.startswith('{') else '{' + text + '}'}")["table"]
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{name} = {value!r} is no TOML table ({error}); write {{ key = value, … }}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} = {value!r} must be a table; write {name} = {{ key = value, … }}")
+    return dict(value)
 
 
 def _scalar(value: Any, kind: type, name: str) -> Any:

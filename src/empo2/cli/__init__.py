@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from empo2 import __version__, config
-from empo2.cli import bench, evaluate, experiment, machine, train, warmup
+from empo2.cli import bench, environments, evaluate, experiment, machine, train, warmup
 from empo2.errors import Empo2Error, UsageError
 
 
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="empo2", description="Train LLM agents that explore (EMPO²).", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"empo2 {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    for module in (train, warmup, evaluate, experiment, machine, bench):
+    for module in (train, warmup, evaluate, experiment, environments, machine, bench):
         module.add(commands)
     return top
 

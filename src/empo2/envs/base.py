@@ -1,9 +1,14 @@
 """What an environment offers besides `Environment` (types.py): its tasks, splits, instructions and worked examples."""
 
+import importlib
+import inspect
+import os
+import sys
 from collections.abc import Iterable
+from importlib import metadata
 from typing import Any, Literal, Protocol, get_args
 
-from empo2.config import nearest
+from empo2.config import EnvConfig, nearest
 from empo2.errors import ConfigError
 from empo2.types import Environment, Task, WorkedExample
 
@@ -67,32 +72,85 @@ def about(suite: Suite) -> dict[str, Any]:
     return told
 
 
-SUITES = ("scienceworld", "webshop", "textworld-express", "lock", "toy")
+#: Built-in environment → the class of its suite.
+BUILT_IN = {
+    "scienceworld": "empo2.envs.scienceworld:ScienceWorldSuite",
+    "webshop": "empo2.envs.webshop.environment:WebShopSuite",
+    "textworld-express": "empo2.envs.textworld_express:TextWorldExpressSuite",
+    "lock": "empo2.envs.lock:LockSuite",
+    "toy": "empo2.envs.toy:ToySuite",
+    "gymnasium": "empo2.envs.gym:GymnasiumSuite",
+}
+ENTRY_POINTS = "empo2.environments"  #: group in which other packages name theirs
+NEEDED = ("name", "per_worker", "task_names", "variations", "instructions", "check", "open")
+
+
+def known_suites() -> dict[str, str]:
+    """Environment → where its suite is (`module:attribute`): the built-in ones, then those of installed packages."""
+    others = {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)}
+    return {**BUILT_IN, **{name: where for name, where in sorted(others.items()) if name not in BUILT_IN}}
 
 
 def suite(name: str, **options: Any) -> Suite:
-    """The suite of a built-in environment. ``options``: see its class. Raises ConfigError for an unknown name."""
-    if name == "scienceworld":
-        from empo2.envs.scienceworld import ScienceWorldSuite
+    """The suite of an environment: a known one, or `module:attribute` of one's own, which is looked for here first.
 
-        return ScienceWorldSuite(**options)
-    if name == "webshop":
-        from empo2.envs.webshop.environment import WebShopSuite
+    The attribute is a suite, or a class or function that makes one of ``options``. Raises ConfigError.
+    """
+    where = name if ":" in name else known_suites().get(name, "")
+    if not where:
+        raise ConfigError(
+            f"there is no environment {name!r}; known: {', '.join(known_suites())}; set env.name, to MODULE:ATTRIBUTE "
+            "for one of your own"
+        )
+    found = _imported(where)
+    if callable(found):
+        try:
+            inspect.signature(found).bind(**options)
+        except TypeError as error:
+            raise ConfigError(f"{name} cannot be made of env.options = {options}: {error}") from None
+        found = found(**options)
+    elif options:
+        raise ConfigError(f"{name} is a suite that is made already and takes no env.options; remove {options}")
+    if lacking := [part for part in NEEDED if not hasattr(found, part)]:
+        raise ConfigError(
+            f"{where} is no environment suite: it has no {', '.join(lacking)}; `SimpleSuite` makes one of an "
+            "environment's class"
+        )
+    made: Suite = found
+    return made
 
-        return WebShopSuite(**options)
-    if name == "textworld-express":
-        from empo2.envs.textworld_express import TextWorldExpressSuite
 
-        return TextWorldExpressSuite(**options)
-    if name == "lock":
-        from empo2.envs.lock import LockSuite
+def suite_of(env: EnvConfig) -> Suite:
+    """The suite of a recipe's [env]. Raises ConfigError."""
+    settings: dict[str, dict[str, Any]] = {
+        "scienceworld": {"simplification": env.simplification, "observation": env.observation},
+        "webshop": {
+            "catalogue": env.catalogue,
+            "num_products": env.num_products,
+            "seed": env.catalogue_seed,
+            "page": env.page,
+            "fixed_reward": env.fixed_reward,
+        },
+        "textworld-express": {"observation": env.observation},
+    }
+    if env.options and env.name in settings:
+        raise ConfigError(f"{env.name} has settings of its own ({', '.join(settings[env.name])}); empty env.options")
+    return suite(env.name, **settings.get(env.name, env.options))
 
-        return LockSuite(**options)
-    if name == "toy":
-        from empo2.envs.toy import ToySuite
 
-        return ToySuite(**options)
-    raise ConfigError(f"there is no environment {name!r}; known: {', '.join(SUITES)}; set env.name")
+def _imported(where: str) -> Any:
+    """The attribute of `module:attribute`; modules of the current folder are found as well."""
+    module, _, attribute = where.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # worker processes are told of it
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and something that it imports is not
+        raise ConfigError(f"there is no module {module!r}, in this folder or installed; set env.name") from None
+    except AttributeError:
+        raise ConfigError(f"the module {module!r} has no {attribute!r}; set env.name to MODULE:ATTRIBUTE") from None
 
 
 def check_tasks(suite: Suite, task_names: tuple[str, ...]) -> None:

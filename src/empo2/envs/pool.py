@@ -294,7 +294,7 @@ class EnvironmentPool:
         calls += [("step", (action,)) for action in episode.actions]
         for (method, arguments), recorded in zip(calls, episode.answers, strict=False):
             self._send(slot, method, arguments)
-            if _essence(self._wait(slot)) != _essence(recorded):
+            if essence(self._wait(slot)) != essence(recorded):
                 self.counters.divergences += 1
                 episode.diverged = f"{episode.task}: a replay in a fresh environment differs at {method}{arguments}"
                 return
@@ -303,7 +303,7 @@ class EnvironmentPool:
             self._send(slot, *calls[len(episode.answers)])
 
 
-def _essence(answer: Any) -> Any:
+def essence(answer: Any) -> Any:
     """What a replay must repeat of an answer."""
     if isinstance(answer, Exception):
         return answer
