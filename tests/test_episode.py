@@ -44,6 +44,7 @@ class Beat:
     tips: tuple[str, ...] = ()
     completion: TokenIds
     reward: float = 0.0
+    actions: tuple[str, ...] = ()
 
 
 def rules(**changes) -> PromptRules:
@@ -82,7 +83,7 @@ def play(
 ) -> tuple[Trajectory, list[TokenIds]]:
     """Drive an episode through ``beats``; its trajectory and the prompts that the policy was given."""
     episode = LiveEpisode(plan=EpisodePlan(task=TASK, mode=mode, key=key), slot=0, rules=how, examples=[EXAMPLE])
-    episode.begin(beats[0].observation, {"task": task})
+    episode.begin(beats[0].observation, {"task": task, "actions": beats[0].actions})
     seen: list[TokenIds] = []
     for beat, following in zip(beats, [*beats[1:], Beat(observation="the end", completion=(1,))], strict=True):
         prompt = episode.next_prompt(retrieval(beat.tips) if mode.shows_tips else NO_TIPS)
@@ -92,7 +93,11 @@ def play(
         episode.act(completion(beat.completion))
         episode.observe(
             StepResult(
-                observation=following.observation, reward=beat.reward, terminated=False, truncated=False, info={}
+                observation=following.observation,
+                reward=beat.reward,
+                terminated=False,
+                truncated=False,
+                info={"actions": following.actions},
             ),
             max_turns=len(beats),
         )
@@ -124,6 +129,7 @@ episodes = st.lists(
         tips=st.lists(texts, max_size=3, unique=True).map(tuple),
         completion=completions,
         reward=st.sampled_from([0.0, 1.0, -2.5]),
+        actions=st.lists(texts, max_size=2).map(tuple),
     ),
     min_size=1,
     max_size=6,
@@ -135,6 +141,8 @@ renderings = st.builds(
     max_tip_tokens=st.sampled_from([0, 20, 100_000]),
     max_tokens=st.sampled_from([300, 100_000]),
     cue=st.sampled_from(["", "Next action:"]),
+    offers=st.booleans(),
+    reply=st.sampled_from(["line", "tags"]),
 )
 tip_modes = st.sampled_from([Mode.WITH_TIPS, Mode.DISTILL])
 
@@ -168,6 +176,38 @@ def test_which_tips_stand_in_which_prompt(beats, tips_stay, window, mode):
             assert shown == [f"tip {number}!" for number in range(now + 1)]
         elif window is None:
             assert shown == [f"tip {now}!"]
+
+
+@pytest.mark.parametrize("window", [None, 1, 2])
+@pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.WITH_TIPS])
+def test_what_can_be_done_stands_in_the_current_turn_only(mode, window):
+    beats = [
+        Beat(observation=f"room {n}", tips=("a tip",), completion=said("go"), actions=(f"take {n}", f"drop {n}"))
+        for n in range(3)
+    ]
+    trajectory, prompts = play(beats, rules(window_turns=window, offers=True, cue="Next:"), mode)
+    for now, prompt in enumerate(prompts):
+        text = CHAT.tokenizer.decode(list(prompt))
+        assert text.count("You can: ") == 1
+        assert f"room {now}\n\nYou can: take {now}; drop {now}.\n\nNext:" in text
+    assert [CHAT.tokenizer.decode(list(p)).count("You can: ") for p in sequences.prompts(trajectory, plain=True)] == [
+        1
+    ] * 3
+    _, silent = play(beats, rules(window_turns=window), mode)
+    assert not any("You can" in CHAT.tokenizer.decode(list(prompt)) for prompt in silent)
+
+
+def test_a_reply_in_tags_is_read_and_its_examples_are_in_tags():
+    beats = [
+        Beat(observation="a", completion=said("<think>Hm.</think>\n<action> go  north </action>")),
+        Beat(observation="b", completion=said("go north")),
+    ]
+    trajectory, prompts = play(beats, rules(reply="tags"), Mode.PLAIN)
+    assert [(turn.action, turn.parsed, turn.valid) for turn in trajectory.turns] == [
+        ("go north", True, True),
+        ("", False, False),
+    ]
+    assert "<action>go east</action>" in CHAT.tokenizer.decode(list(prompts[0]))
 
 
 @given(beats=episodes, mode=tip_modes)

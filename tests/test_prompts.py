@@ -1,9 +1,12 @@
 """Prompts word for word, and what is read out of a completion."""
 
+import time
+
 import pytest
 
 from empo2 import prompts
 from empo2.chat import Message
+from empo2.envs.base import suite
 from empo2.types import (
     Completion,
     Ending,
@@ -154,3 +157,55 @@ def test_suffix_is_empty_where_nothing_valid_was_done(kind):
 def test_tips_keep_their_order():
     tips = [Tip(text=text, score=1.0, similarity=0.9, source=EpisodeKey(0, 0, 0)) for text in ("b", "a")]
     assert prompts.tip_texts(tips) == ["b", "a"]
+
+
+# ---------------------------------------------------------------- actions in tags, and what can be done
+
+
+@pytest.mark.parametrize(
+    ("completion", "found"),
+    [
+        ("<think>The shop.</think><action>search[red shirt]</action>", ("search[red shirt]", True)),
+        ("<action>\n click[buy\nnow] </action> and so on", ("click[buy now]", True)),
+        ("<action>first</action> no, <action>second</action>", ("second", True)),
+        ("<action><action>inner</action>", ("inner", True)),
+        ("<action>cut off", ("", False)),
+        ("<action> </action>", ("", False)),
+        ("search[red shirt]", ("", False)),
+        ("", ("", False)),
+    ],
+)
+def test_the_action_in_tags(completion, found):
+    assert prompts.action_of(completion, "tags") == found
+
+
+def test_a_long_reply_of_tags_is_read_quickly():
+    """No backtracking without end."""
+    started = time.perf_counter()
+    assert prompts.action_of("<action>" * 12_500, "tags") == ("", False)
+    assert prompts.action_of("<action>" + "x" * 100_000, "tags") == ("", False)
+    assert time.perf_counter() - started < 2
+
+
+def test_instructions_ask_for_tags():
+    def system(instructions: str) -> str:
+        return prompts.opening(instructions, [], reply="tags")[0].text
+
+    assert system("Shop. Reply with one action and nothing else. Actions: buy.") == (
+        f"Shop. {prompts.THINK_FIRST} Actions: buy."
+    )
+    assert system("Say a number.") == f"Say a number. {prompts.THINK_FIRST}"
+
+
+@pytest.mark.parametrize("name", ["scienceworld", "webshop", "textworld-express"])
+def test_the_benchmarks_instructions_say_how_to_reply_in_words_that_can_be_exchanged(name):
+    assert prompts.ONE_ACTION in suite(name).instructions()
+
+
+def test_what_can_be_done_in_words():
+    assert prompts.offer_of({}) == prompts.offer_of({"actions": ()}) == ""
+    assert prompts.offer_of({"actions": ("go north", "wait")}) == "You can: go north; wait."
+    assert prompts.offer_of({"actions": ("wait",), "offer": "Forms: go OBJ."}) == "Forms: go OBJ."
+    assert prompts.turn("A hall.", ["tip"], offer="You can: wait.", cue="Next:") == (
+        "Tips from earlier attempts at this task:\n- tip\n\nA hall.\n\nYou can: wait.\n\nNext:"
+    )

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from empo2.assemble import resolved
 from empo2.envs.base import suite
 from empo2.envs.pool import ORPHAN_S, EnvironmentPool, PoolCounters
-from empo2.envs.scienceworld import PAPER_TASKS, SPLITS, ScienceWorldEnvironment, ScienceWorldSuite
-from empo2.errors import EnvironmentCrashed, MissingPart, UsageError
+from empo2.envs.scienceworld import PAPER_TASKS, SPLITS, ScienceWorldEnvironment, ScienceWorldSuite, closest
+from empo2.errors import ConfigError, EnvironmentCrashed, MissingPart, UsageError
 from empo2.types import Task
 from pool_suites import children, play, wait_until_gone
+from runs import smoke
 
 FIND = Task(environment="scienceworld", name="find-non-living-thing", variation=0)
 PLANT = Task(environment="scienceworld", name="find-plant", variation=3)
@@ -226,6 +228,122 @@ def test_a_java_that_does_not_start_is_a_crash(monkeypatch):
     monkeypatch.setattr("empo2.envs.jvm._DETERMINISTIC", ("-XX:NoSuchOption",))
     with pytest.raises(EnvironmentCrashed, match="java did not start"):
         ScienceWorldEnvironment()
+
+
+# ---------------------------------------------------------------- what can be done, and correction
+
+
+@pytest.fixture(scope="module")
+def offering() -> Iterator[ScienceWorldEnvironment]:
+    environment = ScienceWorldEnvironment(offer="actions")
+    yield environment
+    environment.close()
+
+
+def test_offered_actions_are_valid_and_change_nothing(env, offering):
+    plain, offered = (play(environment, FIND, SOLUTION) for environment in (env, offering))
+    for before, after in zip(plain, offered, strict=True):
+        assert after[:-1] == before[:-1]
+        assert {key: value for key, value in after[-1].items() if key != "actions"} == before[-1]
+    assert [len(answer[-1].get("actions", ())) > 100 for answer in offered] == [True] * 4 + [False]
+    first = offered[0][-1]["actions"]
+    assert list(first) == sorted(set(first))
+    assert "go to kitchen" in first
+    assert not any("reset" in action for action in first)
+    for action in random.Random(0).sample(first, 8):
+        env.reset(FIND, 0)
+        assert env.step(action)[4]["valid"], action
+
+
+def test_templates_and_objects():
+    environment = ScienceWorldEnvironment(offer="templates")
+    try:
+        _, info = environment.reset(FIND, 0)
+        assert info["offer"].startswith("Actions: activate OBJ; close OBJ; ")
+        assert "reset task" not in info["offer"]
+        assert "Here are (OBJ): agent, air, art studio," in info["offer"]
+        assert "teleport OBJ" in environment.templates()[0]
+        kitchen = environment.step("go to kitchen")[4]["offer"]
+        assert "thermometer" in kitchen
+        assert "thermometer" not in info["offer"]
+    finally:
+        environment.close()
+
+
+def test_an_unknown_action_is_corrected_to_a_fatal_one(env):
+    """As the paper's runs probably had it: what was harmless nonsense ends the episode at −100."""
+    nonsense = "focus on red light bulb"
+    harmless = play(env, PLANT, [nonsense])[1]
+    assert harmless[1:3] == (0.0, False)
+    assert not harmless[4]["valid"]
+    correcting = ScienceWorldEnvironment(correct_actions=True)
+    try:
+        fatal = play(correcting, PLANT, [nonsense])[1]
+        assert fatal[4]["corrected"] == "focus on agent"
+        assert fatal[1:3] == (-100.0, True)
+        known = play(correcting, PLANT, ["go to kitchen", "xyzzy"])
+        assert "corrected" not in known[1][4]
+        assert "corrected" not in known[2][4], "no valid action shares a word with it"
+        assert not known[2][4]["valid"]
+    finally:
+        correcting.close()
+
+
+@pytest.mark.parametrize(
+    ("action", "found"),
+    [
+        ("pick up the red apple", "pick up red apple"),
+        ("Pick up apple", "pick up red apple"),
+        ("go to the kitchen now", "go to kitchen"),
+        ("go", "go to kitchen"),
+        ("focus", "focus on air"),
+        ("nothing of that", ""),
+        ("", ""),
+    ],
+)
+def test_the_closest_action_shares_most_words(action, found):
+    valid = (
+        "focus on red apple",
+        "focus on air",
+        "go to kitchen",
+        "go to workshop",
+        "pick up red apple",
+        "pick up air",
+    )
+    assert closest(action, valid) == found
+
+
+@pytest.mark.parametrize("simplification", ["hard", "easy,openDoors", "openDoors,flying"])
+def test_a_simplification_that_is_not_there_is_refused_at_once(simplification):
+    with pytest.raises(
+        ConfigError, match=r"there is no '(hard|easy|flying)'; it is easy, alone, or some of teleportAction"
+    ):
+        suite("scienceworld", simplification=simplification)
+
+
+@pytest.mark.parametrize(
+    ("simplification", "teleports"), [("easy", True), ("openDoors,teleportAction", True), ("", False)]
+)
+def test_simplifications(simplification, teleports):
+    environment = suite("scienceworld", simplification=simplification).open()
+    try:
+        assert ("teleport OBJ" in _templates(environment)) == teleports
+    finally:
+        environment.close()
+
+
+def _templates(environment: ScienceWorldEnvironment) -> tuple[str, ...]:
+    environment.reset(FIND, 0)
+    return environment.templates()[0]
+
+
+def test_the_papers_panel_is_a_name_for_its_tasks():
+    recipe = resolved(smoke(("env.name", "scienceworld"), ("env.tasks", "paper,boil")))
+    assert recipe.env.tasks == (*PAPER_TASKS, "boil")
+    assert len(PAPER_TASKS) == 18
+    assert sum(min(SPLITS[name][0], 5) for name in PAPER_TASKS) == 89
+    assert sum(min(SPLITS[name][2], 20) for name in PAPER_TASKS) == 265
+    assert sum(SPLITS[name][2] < 20 for name in PAPER_TASKS) == 7
 
 
 def test_splits_are_disjoint_and_the_papers_tasks_are_among_them():

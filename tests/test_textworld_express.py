@@ -4,6 +4,8 @@ import importlib.util
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,18 @@ import pytest
 from empo2.envs import textworld_express
 from empo2.envs.base import suite
 from empo2.envs.pool import EnvironmentPool
-from empo2.envs.textworld_express import COIN, SPLITS, TextWorldExpressEnvironment, bare_room, room_name
+from empo2.envs.textworld_express import (
+    COIN,
+    COMMON_SENSE,
+    COOKING,
+    MAP_READER,
+    SPLITS,
+    UNSTEADY,
+    TextWorldExpressEnvironment,
+    bare_room,
+    room_name,
+    without_detours,
+)
 from empo2.errors import EnvironmentCrashed, MissingPart, UsageError
 from empo2.types import Task
 from pool_suites import children, play, wait_until_gone
@@ -255,3 +268,104 @@ def test_a_missing_part_is_named_with_its_command(monkeypatch, package, command)
     for attempt in (suite("textworld-express").check, TextWorldExpressEnvironment):
         with pytest.raises(MissingPart, match=command):
             attempt()
+
+
+# ---------------------------------------------------------------- the other games
+
+OTHERS = [*MAP_READER, *COOKING, *COMMON_SENSE]
+
+
+@pytest.mark.parametrize("fold", SPLITS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_worked_examples_reach_the_full_score(env, name, fold):
+    """Of three games of each split; they begin with no idle action and hold no way there and back."""
+    for variation in range(SPLITS[fold], SPLITS[fold] + 3):
+        example = env.worked_example(game(variation, name))
+        if name in UNSTEADY:
+            assert example is None
+            continue
+        actions = [action for _, action in example.turns]
+        answers = play(env, game(variation, name), actions)
+        assert len(answers) == 1 + len(actions)
+        assert answers[-1][-1]["success"]
+        assert sum(answer[1] for answer in answers[1:]) == pytest.approx(1)
+        assert [answer[0] for answer in answers[:-1]] == [seen for seen, _ in example.turns]
+        assert without_detours(actions) == actions
+
+
+PATHS = """
+import sys
+from empo2.envs.textworld_express import COMMON_SENSE, COOKING, MAP_READER, TextWorldExpressEnvironment
+from empo2.types import Task
+environment = TextWorldExpressEnvironment()
+for name in (*MAP_READER, *COOKING, *COMMON_SENSE):
+    for variation in (0, 1):
+        example = environment.worked_example(Task(environment="textworld-express", name=name, variation=variation))
+        print(name, variation, example and [action for _, action in example.turns])
+environment.close()
+"""
+
+
+def test_worked_examples_are_the_same_in_every_process():
+    """Scala's sets have an order of their own in each process; what depends on it is not offered."""
+    first, second = (
+        subprocess.run([sys.executable, "-c", PATHS], capture_output=True, check=True, text=True).stdout for _ in "ab"
+    )
+    assert first == second
+    assert len(first.splitlines()) == 2 * len(OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("actions", "kept"),
+    [
+        (["look around", "take x", "task"], ["take x"]),
+        (["move north", "move south", "move west"], ["move west"]),
+        (["move north", "move east", "move west", "look around", "move south", "take x"], ["take x"]),
+        (["move north", "take x", "move south"], ["move north", "take x", "move south"]),
+        (["take x", "put x in move"], ["take x", "put x in move"]),
+    ],
+)
+def test_ways_there_and_back_are_left_out(actions, kept):
+    assert without_detours(actions) == kept
+
+
+def test_a_cooking_game(env):
+    task = game(0, "cookingworld-3-2")
+    observation, info = env.reset(task, 0)
+    assert info["task"].startswith("You are hungry! Let's cook a delicious meal.")
+    assert "a fridge that is closed" in observation, "the furniture is part of the game"
+    assert info["state"].endswith("Inventory: \n  Your inventory is currently empty.")
+    assert "open fridge" in info["actions"]
+    assert not any(action.startswith(("examine", "read", "look", "inventory")) for action in info["actions"])
+    recipe = env.step("read cookbook")
+    assert recipe[4]["valid"]
+    assert "cookbook" in recipe[0].lower() or "ingredients" in recipe[0].lower()
+    carried = env.step("take knife")[4]["state"]
+    assert "knife" in carried.partition("Inventory:")[2]
+
+
+def test_what_fails_ends_without_success(env):
+    """The recipe wants the pepper fried: roasting it loses the game."""
+    _, taken, roasted = play(env, game(14, "cookingworld-1-1"), ["take red hot pepper", "cook red hot pepper in oven"])
+    assert not taken[2]
+    assert roasted[2:4] == (True, False)
+    assert roasted[4]["valid"]
+    assert not roasted[4]["success"]
+    assert roasted[4]["actions"] == ()
+
+
+def test_instructions_are_those_of_the_games_trained_on():
+    def told(*tasks: str) -> str:
+        return suite("textworld-express", tasks=tasks).instructions()
+
+    assert told("coin-11", "coin-3-doors").startswith("You act in a house with several rooms.")
+    assert "take coin" in told("coin-11")
+    assert "cookbook" not in told("coin-11")
+    assert told("coin-11", "twc-1-1") == f"{told('coin-11')}\n{told('twc-1-1')}"
+    assert told("find-plant").count("\n") == 3, "of all games where none is named"
+
+
+@pytest.mark.parametrize("name", ["mapreader-4", "twc-1-4", "cookingworld-1-1-doors", "coin-12"])
+def test_sizes_that_give_no_game_are_refused(env, name):
+    with pytest.raises(UsageError, match="there is no textworld-express"):
+        env.reset(game(0, name), 0)

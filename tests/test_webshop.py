@@ -626,6 +626,53 @@ def test_a_catalogue_without_products_is_refused(tmp_path):
         kept(write(tmp_path, []))
 
 
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
+    write(tmp_path)
+    path = next(tmp_path.glob("items_shuffle*.json"))
+    path.write_bytes(path.read_bytes().replace(b"a", b"\xff\xfe", 1))
+    with pytest.raises(UsageError, match=r"items_shuffle.*json is not in UTF-8"):
+        kept(tmp_path)
+
+
+def test_no_worked_example_where_the_purchase_is_worth_less_than_1(tmp_path):
+    """An option that holds a bracket cannot be clicked, and a goal whose option the reward cannot see stays below 1."""
+    environment = WebShopSuite(catalogue=str(write(tmp_path))).open()
+    goods = WebShopSuite(catalogue=str(tmp_path)).goods("synthetic")
+    solved = {}
+    for variation, goal in enumerate(goods.goals):
+        example = environment.worked_example(Task(environment="webshop", name="synthetic", variation=variation))
+        solved[goal.text] = example is not None
+        if example:
+            assert example.turns[-1][1] == "click[buy now]"
+    assert True in solved.values()
+    bracketed = [entry("B07", customization_options={"size": [{"value": "[small]"}]})]
+    folder = tmp_path / "bracketed"
+    folder.mkdir()
+    write(folder, bracketed, {"B07": INSTRUCTIONS["B01"]}, {})
+    suite = WebShopSuite(catalogue=str(folder))
+    assert len(suite.goods("synthetic").goals) == 1
+    assert suite.open().worked_example(Task(environment="webshop", name="synthetic", variation=0)) is None
+
+
+def test_attributes_on_request(shop):
+    """As the original's show_attrs: a button before Buy Now, a sub-page, and the way back."""
+    goal = shop.goals[0]
+    plain, shown = (Visit(shop, goal, random.Random(0), attributes=attributes) for attributes in (False, True))
+    for visit in (plain, shown):
+        visit.act("search[oak coffee table]")
+        visit.act(visit.possible()[-1])
+    assert not plain.act("click[attributes]")
+    names = [name for name in shown.page.clickables() if name not in plain.page.clickables()]
+    assert names == ["attributes"]
+    assert shown.page.clickables().index("attributes") == shown.page.clickables().index("buy now") - 1
+    product = shop.products[shown._product]
+    assert shown.act("click[attributes]")
+    told = [*product.attributes, product.category, product.query, product.product_category]
+    assert shown.page.read("text").split(" [SEP] ")[4:] == told
+    assert shown.act("click[< prev]")
+    assert "attributes" in shown.page.clickables()
+
+
 def test_a_made_up_catalogue_can_be_bought_from(tmp_path):
     (tmp_path / "shop").mkdir()
     write_catalogue(tmp_path / "shop", 60, seed=3)
@@ -664,16 +711,19 @@ def test_the_environment(folder):
         environment.step("search[x]")
     observation, info = environment.reset(Task(environment="webshop", name="synthetic", variation=0), 0)
     assert (observation, info["actions"]) == ("WebShop [SEP] Search", ())
+    assert info["offer"] == "You can: search[words]."
     assert info["task"].startswith("Find me")
     _, reward, terminated, truncated, info = environment.step("search[oak coffee table]")
     assert (reward, terminated, truncated, info["valid"]) == (0.0, False, False, True)
     assert info["actions"][-1] == "click[b04]"
+    assert "offer" not in info
     assert environment.step("click[nothing]")[4]["valid"] is False
     environment.step("click[b04]")
     observation, reward, terminated, _, info = environment.step("click[buy now]")
     assert terminated
     assert (reward, info["success"]) == (info["reward"]["total"], info["reward"]["total"] == 1)
     assert str(reward) not in info["state"]
+    assert "offer" not in info
     with pytest.raises(RuntimeError, match="call reset"):
         environment.step("search[x]")
     environment.close()

@@ -14,7 +14,7 @@ from empo2.chat import ChatFormat, Message
 from empo2.collect import Collector
 from empo2.config import Config
 from empo2.embed import CachedEmbedder, HashingEmbedder, SentenceEmbedder
-from empo2.envs.base import Split, Suite, check_tasks, suite_of
+from empo2.envs.base import Split, Suite, check_tasks, suite_of, without_panels
 from empo2.envs.pool import EnvironmentPool
 from empo2.episode import PromptRules, tip_room
 from empo2.errors import ConfigError, UsageError
@@ -54,6 +54,11 @@ def make_suite(config: Config) -> Suite:
     made = suite_of(config.env)
     check_tasks(made, config.env.tasks)
     return made
+
+
+def with_tasks(config: Config) -> Config:
+    """The recipe with the tasks of named panels in place of their names."""
+    return replace(config, env=without_panels(config.env))
 
 
 def train_tasks(config: Config, environment: Suite) -> tuple[Task, ...]:
@@ -98,6 +103,7 @@ def preflight(config: Config) -> None:
     from empo2.algorithms import algorithm
 
     algorithm(config)
+    config = with_tasks(config)
     environment = make_suite(config)
     environment.check()
     scopes_instead(config, train_tasks(config, environment))
@@ -116,9 +122,9 @@ def imitated_tasks(config: Config) -> list[Task]:
 
 
 def resolved(config: Config) -> Config:
-    """The recipe with this machine's precision in place of `auto`, so that a run is resumed as it began."""
+    """The recipe with its tasks, and this machine's precision in place of `auto`: so a run is resumed as it began."""
     keep_few_products()  # before `fastest` multiplies
-    model = config.model
+    config, model = with_tasks(config), config.model
     chosen: dict[str, Any] = {
         key: precision.fastest(device_of(config))
         for key in ("sampler_dtype", "trainer_dtype")
@@ -215,6 +221,8 @@ def prompt_rules(config: Config, chat: ChatFormat, environment: Suite) -> Prompt
         tips_stay=config.memory.placement == "history",
         max_tip_tokens=config.memory.max_tip_tokens,
         cue=config.prompt.cue,
+        offers=config.prompt.actions,
+        reply=config.prompt.reply,
     )
 
 
@@ -242,7 +250,9 @@ def check_context(rules: PromptRules, examples: WorkedExamples, tasks: Sequence[
     for task in tasks:
         shown = examples.of(task)
         first = Message(role="user", text=first_turn("", shown[0].turns[0][0] if shown else "", cue=rules.cue))
-        length = len(rules.chat.conversation([*opening(rules.instructions, shown, cue=rules.cue), first]))
+        length = len(
+            rules.chat.conversation([*opening(rules.instructions, shown, cue=rules.cue, reply=rules.reply), first])
+        )
         if length + rules.max_action_tokens > rules.max_tokens:
             raise ConfigError(
                 f"the prompt of {task} takes {length} tokens and leaves no room for an action within model.max_tokens "

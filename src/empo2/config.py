@@ -45,7 +45,7 @@ class EnvConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """What a suite of another package, of your own or `gymnasium` is made of, as a TOML table."""
     tasks: tuple[str, ...] = ("find-non-living-thing",)
-    """Task names to train on."""
+    """Task names to train on, or names of panels: `paper` stands for ScienceWorld's 18 tasks of the paper."""
     variations: tuple[int, ...] = ()
     """Variations to train on; empty: the first `num_variations` of the train split."""
     num_variations: int = 5
@@ -57,7 +57,14 @@ class EnvConfig:
     call_timeout_s: float = 60.0
     """Seconds after which a call to an environment counts as hung."""
     simplification: str = "easy"
-    """ScienceWorld's simplification preset."""
+    """ScienceWorld's simplifications: `easy`, or any of teleportAction, selfWateringFlowerPots, openContainers,
+    openDoors and noElectricalAction with commas between; empty: none."""
+    offer: Literal["none", "templates", "actions"] = "none"
+    """What ScienceWorld says can be done in each turn, for `prompt.actions`. templates: forms of actions and the
+    objects here; actions: every valid action, 100 to 1,000 of them, which takes several times as long as the step."""
+    correct_actions: bool = False
+    """ScienceWorld: an action that the simulator doesn't know is replaced by the valid one with which it shares most
+    words, as the paper's runs probably had it; it turns harmless nonsense into fatal actions."""
     observation: Literal["reply", "room"] = "reply"
     """What ScienceWorld and TextWorld-Express show after an action. reply: the simulator's reply (the paper); room:
     also the room, when it changed or the action was not known (looking is free there), less what is the same in every
@@ -75,6 +82,8 @@ class EnvConfig:
     fixed_reward: bool = False
     """WebShop: compare an option that was asked for by its value. In the original (false) a name and value are compared
     as one, so that some goals cannot be reached by any purchase."""
+    show_attributes: bool = False
+    """WebShop: items have a sub-page with their attributes, which the original has as an option, off by default."""
     reward_scale: float = 0.01
     """Factor from the environment's reward to the learning signal (ScienceWorld's scores reach 100)."""
 
@@ -89,6 +98,12 @@ class PromptConfig:
     """full: the whole chat, append-only, trained as one sequence; window: only the last `window_turns` turns."""
     window_turns: int = 3
     """Turns kept by `history = "window"`."""
+    actions: bool = False
+    """The current turn lists what can be done there, where the environment says so (WebShop, TextWorld-Express, lock,
+    and ScienceWorld with `env.offer`)."""
+    reply: Literal["line", "tags"] = "line"
+    """line: the reply's first line is the action; tags: the reply reasons in <think> tags, then names its action in
+    <action> tags (the paper in WebShop)."""
     cue: str = ""
     """Words ending every user turn, such as "Next action:"; some small models answer with an action only then."""
 

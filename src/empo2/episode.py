@@ -5,7 +5,7 @@ then per turn the completion exactly as sampled and the following observation. W
 turn the prompt begins, is all that `memory.placement` and `prompt.history` change.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,8 @@ class PromptRules:
     tips_stay: bool  #: tips stay in the turn where they were shown; False: only the current turn shows tips
     max_tip_tokens: int  #: by which tips may lengthen one prompt
     cue: str = ""  #: words at the end of every user turn
+    offers: bool = False  #: the current turn says what can be done there
+    reply: prompts.Reply = "line"
 
 
 @dataclass
@@ -47,6 +49,7 @@ class _Open:
 
     observation: str
     state: str
+    offer: str  #: what can be done, shown while the turn is the current one
     tips: tuple[Tip, ...] = ()
     retrieved: Retrieval | None = None
 
@@ -65,7 +68,7 @@ class LiveEpisode:
     ending: Ending | None = None
     success: bool = False
     _opens: list[_Open] = field(default_factory=list)
-    _pieces: dict[tuple[int, bool, bool], TokenIds] = field(default_factory=dict)
+    _pieces: dict[tuple[int, bool, bool, bool], TokenIds] = field(default_factory=dict)
     _prompt: TokenIds = ()
     _plain: TokenIds = ()
     _before: TokenIds = ()
@@ -79,7 +82,11 @@ class LiveEpisode:
         self._pieces.clear()
         self._before = self._plain_before = ()
         self.task_text = str(info.get("task", ""))
-        self._opens.append(_Open(observation, str(info.get("state") or observation)))
+        self._open(observation, info)
+
+    def _open(self, observation: str, info: Mapping[str, Any]) -> None:
+        offer = prompts.offer_of(info) if self.rules.offers else ""
+        self._opens.append(_Open(observation, str(info.get("state") or observation), offer))
 
     @property
     def state(self) -> str:
@@ -115,7 +122,7 @@ class LiveEpisode:
 
     def act(self, completion: Completion) -> str:
         """Record the policy's completion; the action for the environment."""
-        action, parsed = prompts.action_of(completion.text)
+        action, parsed = prompts.action_of(completion.text, self.rules.reply)
         current = self._opens[-1]
         self._under_way = Turn(
             observation=current.observation,
@@ -141,7 +148,7 @@ class LiveEpisode:
         valid = self._under_way.valid and bool(result.info.get("valid", True))
         self.turns.append(replace(self._under_way, valid=valid, reward=result.reward))
         self._under_way = None
-        self._opens.append(_Open(result.observation, str(result.info.get("state") or result.observation)))
+        self._open(result.observation, result.info)
         if result.terminated:
             self.ending = Ending.TERMINATED
             self.success = bool(result.info.get("success", False))
@@ -188,7 +195,8 @@ class LiveEpisode:
             shows = not plain and (self.rules.tips_stay or index == now)
             if index > first:
                 ids += self.turns[index - 1].completion.token_ids
-            ids += self._piece(index, opens=index == first, shows_tips=shows and bool(self._opens[index].tips))
+            shows &= bool(self._opens[index].tips)
+            ids += self._piece(index, opens=index == first, shows_tips=shows, is_current=index == now)
         return ids
 
     def _first_turn(self) -> int:
@@ -196,25 +204,26 @@ class LiveEpisode:
         window = self.rules.window_turns
         return 0 if window is None else max(0, len(self.turns) - window)
 
-    def _piece(self, index: int, *, opens: bool, shows_tips: bool) -> TokenIds:
+    def _piece(self, index: int, *, opens: bool, shows_tips: bool, is_current: bool) -> TokenIds:
         """Ids from the end of completion ``index`` − 1 (or the beginning) to where completion ``index`` starts."""
-        key = (index, opens, shows_tips)
+        offer = self._opens[index].offer if is_current else ""
+        key = (index, opens, shows_tips, bool(offer))
         if key not in self._pieces:
-            said = self._said(index, self._opens[index].tips if shows_tips else (), opens=opens)
-            chat = self.rules.chat
+            said = self._said(index, self._opens[index].tips if shows_tips else (), opens=opens, offer=offer)
+            chat, rules = self.rules.chat, self.rules
             if opens:
-                before = prompts.opening(self.rules.instructions, self.examples, cue=self.rules.cue)
+                before = prompts.opening(rules.instructions, self.examples, cue=rules.cue, reply=rules.reply)
                 self._pieces[key] = chat.conversation([*before, Message(role="user", text=said)])
             else:
                 self._pieces[key] = chat.next_turn(self.turns[index - 1].completion.token_ids, said)
         return self._pieces[key]
 
-    def _said(self, index: int, tips: Sequence[Tip], *, opens: bool) -> str:
+    def _said(self, index: int, tips: Sequence[Tip], *, opens: bool, offer: str = "") -> str:
         """The user's words of a turn."""
         observation, texts, cue = self._opens[index].observation, prompts.tip_texts(tips), self.rules.cue
         if opens:
-            return prompts.first_turn(self.task_text, observation, texts, cue=cue)
-        return prompts.turn(observation, texts, cue=cue)
+            return prompts.first_turn(self.task_text, observation, texts, offer=offer, cue=cue)
+        return prompts.turn(observation, texts, offer=offer, cue=cue)
 
     def _fitting(self, retrieved: Sequence[Tip]) -> tuple[Tip, ...]:
         """Tips that the prompt doesn't hold yet, best first, while they fit its tip budget."""

@@ -33,7 +33,10 @@ def _episode(environment: Environment, task: Task, say: Callable[[str], None], a
         if reply.strip() == ":restart":
             return True
         if reply.strip() == ":actions":
-            say(", ".join(info.get("actions") or ()) or "The environment does not say what can be done here.")
+            found = info.get("actions") or (
+                environment.valid_actions() if hasattr(environment, "valid_actions") else ()
+            )
+            say(", ".join(found) or "The environment does not say what can be done here.")
         elif reply.strip() == ":solution":
             say(_solution(environment, task))
             return True

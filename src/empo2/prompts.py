@@ -5,32 +5,51 @@ and without them; nothing is ever cut out of a rendered prompt.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from empo2.chat import Message
 from empo2.types import Tip, Trajectory, Turn, WorkedExample
 
+Reply = Literal["line", "tags"]  #: how an action stands in a reply: as its first line, or in <action> tags
+ONE_ACTION = "Reply with one action and nothing else."
+THINK_FIRST = (
+    "First reason about what you see, inside <think> </think>. Then give one action inside <action> </action>."
+)
 
-def opening(instructions: str, examples: Sequence[WorkedExample], *, cue: str = "") -> list[Message]:
+
+def opening(
+    instructions: str, examples: Sequence[WorkedExample], *, cue: str = "", reply: Reply = "line"
+) -> list[Message]:
     """System message and worked examples as chat turns; the task with its first observation (`first_turn`) follows."""
+    if reply == "tags":
+        plain = instructions.replace(ONE_ACTION, THINK_FIRST)
+        instructions = plain if THINK_FIRST in plain else f"{plain} {THINK_FIRST}"
     messages = [Message(role="system", text=instructions)]
     for example in examples:
         for index, (seen, action) in enumerate(example.turns):
             text = first_turn(example.task_text, seen, cue=cue) if index == 0 else turn(seen, cue=cue)
-            messages += [Message(role="user", text=text), Message(role="assistant", text=action)]
+            said = f"<action>{action}</action>" if reply == "tags" else action
+            messages += [Message(role="user", text=text), Message(role="assistant", text=said)]
     return messages
 
 
-def first_turn(task_text: str, observation: str, tips: Sequence[str] = (), *, cue: str = "") -> str:
+def first_turn(task_text: str, observation: str, tips: Sequence[str] = (), *, offer: str = "", cue: str = "") -> str:
     """The user's words that open an episode."""
-    return f"New task. {task_text}\n\n{turn(observation, tips, cue=cue)}"
+    return f"New task. {task_text}\n\n{turn(observation, tips, offer=offer, cue=cue)}"
 
 
-def turn(observation: str, tips: Sequence[str] = (), *, cue: str = "") -> str:
-    """The user's words of one turn: tips, if any, what the environment said, and the cue to act (`prompt.cue`)."""
+def turn(observation: str, tips: Sequence[str] = (), *, offer: str = "", cue: str = "") -> str:
+    """The user's words of one turn: tips, if any, what the environment said, what can be done, and the cue to act."""
     shown = "\n".join(f"- {tip}" for tip in tips)
-    parts = [f"Tips from earlier attempts at this task:\n{shown}" if tips else "", observation, cue]
+    parts = [f"Tips from earlier attempts at this task:\n{shown}" if tips else "", observation, offer, cue]
     return "\n\n".join(part for part in parts if part)
+
+
+def offer_of(info: Mapping[str, Any]) -> str:
+    """What an environment says can be done: its own words (``info["offer"]``), or its actions; empty if nothing."""
+    actions = info.get("actions") or ()
+    return str(info.get("offer") or (f"You can: {'; '.join(actions)}." if actions else ""))
 
 
 def tip_request(final_observation: str, score: float) -> str:
@@ -42,17 +61,27 @@ def tip_request(final_observation: str, score: float) -> str:
     )
 
 
-def action_of(completion: str) -> tuple[str, bool]:
-    """The action a completion asks for, and whether it could be read: its first line that is not blank."""
-    for line in completion.splitlines():
-        if line.strip():
-            return " ".join(line.split()), True
-    return "", False
+def action_of(completion: str, reply: Reply = "line") -> tuple[str, bool]:
+    """The action a completion asks for, and whether it could be read.
+
+    It is the first line that is not blank, or what stands in the last pair of <action> tags.
+    """
+    if reply == "tags":
+        found = re.findall(r"<action>((?:(?!<action>).)*?)</action>", completion, re.DOTALL)
+        action = " ".join(found[-1].split()) if found else ""
+        return action, bool(action)
+    action = first_line(completion)
+    return action, bool(action)
+
+
+def first_line(text: str) -> str:
+    """The first line that is not blank, with single blanks; empty if there is none."""
+    return next((" ".join(line.split()) for line in text.splitlines() if line.strip()), "")
 
 
 def tip_of(completion: str) -> str:
     """The tip in a completion: its first line that is not blank, with single blanks; empty if there is none."""
-    return action_of(completion)[0]
+    return first_line(completion)
 
 
 def stored_tip(tip: str, suffix: str, score: float) -> str:

@@ -211,8 +211,9 @@ class Environment(Protocol):
 
     ``info`` may hold: ``state`` (text that identifies the state), ``valid`` (bool), ``success`` (bool), ``task`` (the
     task's text; at reset), ``actions`` (those that change something here; the random walks of warmup.py need them),
-    ``leads`` (action → name of the place where it leads, as far as the state's text shows it). A broken environment
-    raises; it never returns a made-up reward.
+    ``leads`` (action → name of the place where it leads, as far as the state's text shows it), ``offer`` (words that
+    say what can be done here, shown instead of ``actions``). A broken environment raises; it never returns a made-up
+    reward.
     """
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]: ...

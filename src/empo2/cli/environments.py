@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
 
 
 def envs(parsed: argparse.Namespace) -> int:
-    from empo2.envs.base import SPLITS, known_suites, suite
+    from empo2.envs.base import SPLITS, known_suites, panels, suite
 
     for name in [parsed.name] if parsed.name else known_suites():
         if name == "gymnasium":
@@ -59,6 +59,16 @@ def envs(parsed: argparse.Namespace) -> int:
             found = [environment.variations(task, split) for split in SPLITS]
             told = [f"{len(of)}: {of[0]}…{of[-1]}" if of else "0" for of in found]
             print(f"  {task:<52} {told[0]:<24} {told[1]:<24} {told[2]:<24}".rstrip())
+        for panel, tasks in panels(environment).items():
+            train, dev, test = (sum(len(environment.variations(task, split)) for task in tasks) for split in SPLITS)
+            print(f"  panel {panel!r} for env.tasks: {len(tasks)} tasks, {train}, {dev} and {test} variations:")
+            print(f"    {', '.join(tasks)}")
+            few = sum(min(len(environment.variations(task, "train")), 5) for task in tasks)
+            tested = [len(environment.variations(task, "test")) for task in tasks]
+            print(
+                f"    the first 5 to train on are {few}, the first 20 to test {sum(min(n, 20) for n in tested)}", end=""
+            )
+            print(f" ({sum(n < 20 for n in tested)} tasks have fewer)")
     return 0
 
 
@@ -128,7 +138,9 @@ def _settings(parsed: argparse.Namespace) -> "EnvConfig":
     """The settings that make the environment: a recipe's, or the defaults with its name."""
     is_recipe = parsed.subject.endswith(".toml")
     values: dict[str, Any] = config.read_recipe(parsed.subject) if is_recipe else {"env": {"name": parsed.subject}}
-    return config.from_dict(config.with_overrides(values, chosen_settings(parsed))).env
+    tasks = parsed.task if isinstance(parsed.task, list) else [parsed.task]
+    named = [("env.tasks", tasks)] if any(tasks) else []
+    return config.from_dict(config.with_overrides(values, [*named, *chosen_settings(parsed)])).env
 
 
 def _task(parsed: argparse.Namespace, environment: "Suite", known: "Sequence[Task]" = ()) -> "Task":

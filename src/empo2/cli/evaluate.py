@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
 
 
 def execute(parsed: argparse.Namespace) -> int:
-    from empo2.assemble import assemble, preflight
+    from empo2.assemble import assemble, preflight, resolved
     from empo2.evaluate import evaluate_split
     from empo2.run import RunFolder
     from empo2.store import copy_into
@@ -47,6 +47,7 @@ def execute(parsed: argparse.Namespace) -> int:
     checkpoint = last_checkpoint(run) if run else None  # chosen once: the run may save another one any time
     recipe = recipe_of(parsed, run, checkpoint)
     preflight(recipe)
+    recipe = resolved(recipe)
     fetch_missing(recipe, lambda text: print(text, file=sys.stderr))
     parts = assemble(recipe, ":memory:", with_learner=False)
     try:

@@ -2,9 +2,11 @@
 
 import importlib
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import metadata
 from typing import Any, Literal, Protocol, get_args
 
@@ -48,14 +50,17 @@ class HasWorkedExamples(Protocol):
     def worked_example(self, task: Task) -> WorkedExample | None: ...
 
 
-def replayed(environment: Environment, task: Task, actions: Iterable[str]) -> WorkedExample:
-    """A worked example: the episode in which these actions are done."""
-    observation, info = environment.reset(task, 0)
+def replayed(environment: Environment, task: Task, actions: Iterable[str]) -> WorkedExample | None:
+    """A worked example: the episode in which these actions are done, up to its end; None if that is no success."""
+    observation, first = environment.reset(task, 0)
     turns = []
     for action in actions:
         turns.append((observation, action))
-        observation = environment.step(action)[0]
-    return WorkedExample(task_text=info["task"], turns=tuple(turns))
+        observation, _, terminated, truncated, info = environment.step(action)
+        if terminated or truncated:
+            solved = WorkedExample(task_text=str(first.get("task", "")), turns=tuple(turns))
+            return solved if info.get("success") else None
+    return None
 
 
 class HasAbout(Protocol):
@@ -83,6 +88,27 @@ BUILT_IN = {
 }
 ENTRY_POINTS = "empo2.environments"  #: group in which other packages name theirs
 NEEDED = ("name", "per_worker", "task_names", "variations", "instructions", "check", "open")
+
+
+class HasPanels(Protocol):
+    """A suite whose tasks are known under common names, in groups."""
+
+    def panels(self) -> dict[str, tuple[str, ...]]:
+        """Name → tasks."""
+        ...
+
+
+def panels(suite: Suite) -> dict[str, tuple[str, ...]]:
+    """Named groups of the suite's tasks; empty if it has none."""
+    told: dict[str, tuple[str, ...]] = suite.panels() if hasattr(suite, "panels") else {}
+    return told
+
+
+def without_panels(env: EnvConfig) -> EnvConfig:
+    """The settings with the tasks of named panels in place of their names."""
+    known = panels(suite_of(env))
+    named = (known.get(name, (name,)) for name in env.tasks)
+    return replace(env, tasks=tuple(itertools.chain.from_iterable(named)))
 
 
 def known_suites() -> dict[str, str]:
@@ -123,15 +149,21 @@ def suite(name: str, **options: Any) -> Suite:
 def suite_of(env: EnvConfig) -> Suite:
     """The suite of a recipe's [env]. Raises ConfigError."""
     settings: dict[str, dict[str, Any]] = {
-        "scienceworld": {"simplification": env.simplification, "observation": env.observation},
+        "scienceworld": {
+            "simplification": env.simplification,
+            "observation": env.observation,
+            "offer": env.offer,
+            "correct_actions": env.correct_actions,
+        },
         "webshop": {
             "catalogue": env.catalogue,
             "num_products": env.num_products,
             "seed": env.catalogue_seed,
             "page": env.page,
             "fixed_reward": env.fixed_reward,
+            "show_attributes": env.show_attributes,
         },
-        "textworld-express": {"observation": env.observation},
+        "textworld-express": {"observation": env.observation, "tasks": env.tasks},
     }
     if env.options and env.name in settings:
         raise ConfigError(f"{env.name} has settings of its own ({', '.join(settings[env.name])}); empty env.options")

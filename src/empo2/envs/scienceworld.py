@@ -4,13 +4,14 @@ One JVM holds one live environment. A step asks the simulator only for what trai
 `ScienceWorldEnv.step` lists all valid actions every time, which takes most of its time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from empo2.envs import jvm
 from empo2.envs.base import Split
 from empo2.envs.jvm import Jvm
-from empo2.errors import EnvironmentCrashed, UsageError
+from empo2.errors import ConfigError, EnvironmentCrashed, UsageError
 from empo2.types import Task, WorkedExample
 
 #: Task name → (train, dev, test) counts of the official split; variations are numbered in that order.
@@ -69,6 +70,11 @@ PAPER_TASKS = (
     "use-thermometer",
 )
 
+#: Named panels of tasks, for `env.tasks`.
+PANELS: dict[str, tuple[str, ...]] = {"paper": PAPER_TASKS}
+
+SIMPLIFICATIONS = ("teleportAction", "selfWateringFlowerPots", "openContainers", "openDoors", "noElectricalAction")
+
 INSTRUCTIONS = (
     "You act in a text world with several rooms. Reply with one action and nothing else. Actions: go to LOC; "
     "look around; look at OBJ; look in OBJ; focus on OBJ; move OBJ to OBJ; pick up OBJ; put down OBJ; open OBJ; "
@@ -91,13 +97,21 @@ def check_installed() -> None:
 class ScienceWorldEnvironment:
     """One simulator in a JVM of its own. Score −100…100; rewards are its changes and add up to it."""
 
-    def __init__(self, simplification: str = "easy", observation: str = "reply") -> None:
+    def __init__(
+        self,
+        simplification: str = "easy",
+        observation: str = "reply",
+        offer: Literal["none", "templates", "actions"] = "none",
+        correct_actions: bool = False,
+    ) -> None:
+        """``offer``: what `info` says of what can be done; ``correct_actions``: see `_corrected`."""
         check_installed()
         from scienceworld.constants import BASEPATH, JAR_PATH
 
         self._jvm = Jvm("ScienceWorld", jar=JAR_PATH, folder=BASEPATH, memory="512m")
         self._simplification = simplification
         self._observation = observation
+        self._offer, self._corrects = offer, correct_actions
         self._room = ""  # the room's description that was shown last
         self._task_text = ""
         self._score = 0
@@ -116,23 +130,28 @@ class ScienceWorldEnvironment:
         self._room = observation
         if self._observation == "room":
             observation = _short(observation)
-        return observation, {"state": self._state(), "task": self._task_text}
+        return observation, {"state": self._state(), "task": self._task_text, **self._offered()}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self._done:
             raise RuntimeError("step() after the episode ended; call reset() first")
-        if _resets(action):
-            observation = _NO_SUCH_ACTION
-        else:
-            observation = self._call("step", action).strip()
+        observation = _NO_SUCH_ACTION if _resets(action) else self._call("step", action).strip()
+        corrected = ""
+        if self._corrects and observation == _NO_SUCH_ACTION:
+            corrected = closest(action, self.valid_actions())
+            if corrected:
+                observation = self._call("step", corrected).strip()
         score = round(100 * self._call("getScore"))
         reward, self._score = score - self._score, score
         self._done = bool(self._call("getCompleted")) or score < 0
-        info = {
+        info: dict[str, Any] = {
             "state": self._state(),
             "valid": not observation.startswith(_NOT_VALID),
             "success": score >= 100,
+            **self._offered(),
         }
+        if corrected:
+            info["corrected"] = corrected
         if self._observation == "room":
             observation = self._with_room(observation, known=info["valid"])
         return observation, float(reward), self._done, False, info
@@ -145,6 +164,24 @@ class ScienceWorldEnvironment:
 
     def close(self) -> None:
         self._jvm.close()
+
+    def valid_actions(self) -> tuple[str, ...]:
+        """Everything that can be done here, sorted: 100 to 1,000 actions, in 0.03 to 0.4 s."""
+        found = {str(action) for action in self._call("getValidActionObjectCombinations")}
+        return tuple(sorted(action for action in found if not _resets(action)))
+
+    def templates(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Forms of actions, and the objects that can be named here; in 3 to 20 ms."""
+        forms = sorted(str(form) for form in self._call("getPossibleActions") if not _resets(str(form)))
+        return tuple(forms), tuple(sorted(map(str, self._call("getPossibleObjects"))))
+
+    def _offered(self) -> dict[str, Any]:
+        if self._offer == "none" or self._done:
+            return {}
+        if self._offer == "actions":
+            return {"actions": self.valid_actions()}
+        forms, objects = self.templates()
+        return {"offer": f"Actions: {'; '.join(forms)}. Here are (OBJ): {', '.join(objects)}."}
 
     def worked_example(self, task: Task) -> WorkedExample | None:
         """The simulator's gold path with its observations, without steps that change nothing; None if it falls short.
@@ -199,6 +236,15 @@ class ScienceWorldEnvironment:
         return self._jvm.call(self._server, method, *arguments)
 
 
+def closest(action: str, valid: Sequence[str]) -> str:
+    """The valid action that shares most words with ``action``, of equals the shortest, the first; "" if none does."""
+    words = set(action.lower().split())
+    shared = {candidate: len(words & set(candidate.split())) for candidate in valid}
+    most = max(shared.values(), default=0)
+    equals = [candidate for candidate, count in shared.items() if count == most]
+    return min(equals, key=lambda candidate: (len(candidate.split()), candidate)) if most else ""
+
+
 def _short(observation: str) -> str:
     """Without what every room holds and, as doors are open under "easy", without saying so of each."""
     for everywhere in ("\tthe agent\n", "\ta substance called air\n", " (that is open)"):
@@ -213,12 +259,25 @@ def _resets(action: str) -> bool:
 
 @dataclass(frozen=True)
 class ScienceWorldSuite:
-    """All 30 tasks; `empo2 envs scienceworld` lists them."""
+    """All 30 tasks; `empo2 envs scienceworld` lists them. Raises ConfigError for an unknown simplification."""
 
     simplification: str = "easy"
     observation: str = "reply"
+    offer: Literal["none", "templates", "actions"] = "none"
+    correct_actions: bool = False
     name: str = "scienceworld"
     per_worker: int = 1
+
+    def __post_init__(self) -> None:
+        parts = [part for part in self.simplification.split(",") if part]
+        if parts != ["easy"] and (unknown := [part for part in parts if part not in SIMPLIFICATIONS]):
+            raise ConfigError(
+                f"env.simplification = {self.simplification!r}: there is no {unknown[0]!r}; it is easy, alone, or some "
+                f"of {', '.join(SIMPLIFICATIONS)} with commas between"
+            )
+
+    def panels(self) -> dict[str, tuple[str, ...]]:
+        return PANELS
 
     def task_names(self) -> tuple[str, ...]:
         return tuple(SPLITS)
@@ -235,4 +294,4 @@ class ScienceWorldSuite:
         check_installed()
 
     def open(self) -> ScienceWorldEnvironment:
-        return ScienceWorldEnvironment(self.simplification, self.observation)
+        return ScienceWorldEnvironment(self.simplification, self.observation, self.offer, self.correct_actions)

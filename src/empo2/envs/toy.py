@@ -60,7 +60,7 @@ class ToyEnvironment:
     def close(self) -> None:
         pass
 
-    def worked_example(self, task: Task) -> WorkedExample:
+    def worked_example(self, task: Task) -> WorkedExample | None:
         """The shortest way to the coin."""
         self.reset(task, 0)
         way = self._way(self.room, self.coin)

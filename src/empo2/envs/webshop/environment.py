@@ -32,6 +32,7 @@ class WebShopSuite:
     seed: int = 0  #: of prices and price limits, and of what is made up
     page: Form = "text"
     fixed_reward: bool = False
+    show_attributes: bool = False
     name: str = "webshop"
     per_worker: int = 64
 
@@ -72,7 +73,7 @@ class WebShopEnvironment:
         """``seed``: of `search[<r>]`, which shows products at random."""
         goods = self._goods(task)
         self._goal = goods.goals[task.variation]
-        self._visit = Visit(goods, self._goal, random.Random(seed))
+        self._visit = Visit(goods, self._goal, random.Random(seed), attributes=self._suite.show_attributes)
         return self._seen(), {**self._info(), "task": self._goal.text}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -89,7 +90,10 @@ class WebShopEnvironment:
         self._visit = None
 
     def worked_example(self, task: Task) -> WorkedExample | None:
-        """The purchase that was asked for, with its options; None if searching for what is asked does not find it."""
+        """The purchase that was asked for, with its options.
+
+        None if searching for what is asked does not find it, an option cannot be clicked, or it is worth less than 1.
+        """
         goods = self._goods(task)
         goal = goods.goals[task.variation]
         product = goods.products[goal.place]
@@ -120,7 +124,10 @@ class WebShopEnvironment:
     def _info(self) -> dict[str, Any]:
         """The state leaves out the instruction, which is the task's, and what was earned."""
         assert self._visit is not None
-        return {"state": self._visit.page.read("short"), "actions": self._visit.possible()}
+        told: dict[str, Any] = {"state": self._visit.page.read("short"), "actions": self._visit.possible()}
+        if self._visit.bought is None and not told["actions"]:
+            told["offer"] = "You can: search[words]."  # where the search bar stands, nothing can be clicked
+        return told
 
 
 _NO_BRACKETS = str.maketrans("[]\n\r", "    ")

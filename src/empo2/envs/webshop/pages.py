@@ -11,6 +11,7 @@ Kind = Literal["text", "instruction", "button", "link", "label", "result"]
 Form = Literal["text", "text_rich", "short"]
 PER_PAGE = 10  #: products on a page of results
 SUB_PAGES = ("Description", "Features", "Reviews")
+ATTRIBUTES = "Attributes"  #: a sub-page on request: what the reward compares with, category and query
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,13 @@ def results_page(goal: str, shown: Sequence[Product], number: int, total: int, v
     return Page(tuple(nodes))
 
 
-def item_page(goal: str, product: Product, chosen: Mapping[str, str], keywords: Sequence[str]) -> Page:
+def item_page(
+    goal: str,
+    product: Product,
+    chosen: Mapping[str, str],
+    keywords: Sequence[str],
+    sub_pages: Sequence[str] = SUB_PAGES,
+) -> Page:
     """``chosen``: option name → value; it stands in the page's address, where the original looks for labels."""
     nodes = _head(goal, previous=True)
     address = f"{'+'.join(keywords)}/{json.dumps(chosen)}"
@@ -109,12 +116,21 @@ def item_page(goal: str, product: Product, chosen: Mapping[str, str], keywords: 
         nodes.append(Node(name))
         nodes += [Node(value, "label", f'"{value}"' in address) for value in values]
     nodes += [Node(product.title), Node(f"Price: {product.price_tag}"), Node("Rating: N.A.")]
-    return Page((*nodes, *map(_button, SUB_PAGES), _button("Buy Now")))
+    return Page((*nodes, *map(_button, sub_pages), _button("Buy Now")))
 
 
 def sub_page(goal: str, product: Product, name: str) -> Page:
-    """``name``: of `SUB_PAGES`."""
-    told = {"Description": (product.description,), "Features": tuple(f" {bullet}" for bullet in product.bullets)}
+    """``name``: of `SUB_PAGES`, or `ATTRIBUTES`."""
+    told = {
+        "Description": (product.description,),
+        "Features": tuple(f" {bullet}" for bullet in product.bullets),
+        ATTRIBUTES: (
+            *(f" {attribute}" for attribute in product.attributes),
+            product.category,
+            product.query,
+            product.product_category,
+        ),
+    }
     return Page((*_head(goal, previous=True), *map(Node, told.get(name, ()))))
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from empo2.errors import UsageError
 
@@ -214,7 +214,7 @@ def _listed(path: Path) -> Iterator[Any]:
     """The members of a JSON list, one at a time: the whole catalogue is 5 GB."""
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8") as file:
-        text, number = file.read(READ_AT_ONCE).lstrip("\ufeff \t\r\n"), 0
+        text, number = _more(file, path).lstrip("\ufeff \t\r\n"), 0
         if not text.startswith("["):
             raise UsageError(f"{path} must hold a list of products")
         place = 1
@@ -226,7 +226,7 @@ def _listed(path: Path) -> Iterator[Any]:
             try:
                 member, place = decoder.raw_decode(text, place)
             except ValueError as error:
-                more = file.read(READ_AT_ONCE)
+                more = _more(file, path)
                 if not more:
                     raise UsageError(
                         f"{path}: product {number} is not valid JSON ({error}); is the file cut off?"
@@ -235,6 +235,13 @@ def _listed(path: Path) -> Iterator[Any]:
                 continue
             yield member
             number += 1
+
+
+def _more(file: TextIO, path: Path) -> str:
+    try:
+        return file.read(READ_AT_ONCE)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not in UTF-8 ({error})") from error
 
 
 def _kind(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from empo2.envs.webshop import pages
 from empo2.envs.webshop.catalogue import Catalogue
 from empo2.envs.webshop.goals import Goal
-from empo2.envs.webshop.pages import PER_PAGE, SUB_PAGES
+from empo2.envs.webshop.pages import ATTRIBUTES, PER_PAGE, SUB_PAGES
 from empo2.envs.webshop.products import Product
 from empo2.envs.webshop.reward import Reward
 
@@ -23,8 +23,10 @@ def parsed(action: str) -> tuple[str, str] | None:
 class Visit:
     """``page`` is what is seen; `act` changes it. ``bought``: the reward, once something is."""
 
-    def __init__(self, catalogue: Catalogue, goal: Goal, rng: random.Random) -> None:
+    def __init__(self, catalogue: Catalogue, goal: Goal, rng: random.Random, *, attributes: bool = False) -> None:
+        """``attributes``: items have a sub-page of their attributes, which the original hides by default."""
         self._catalogue, self._goal, self._rng = catalogue, goal, rng
+        self._sub_pages = (*SUB_PAGES, *([ATTRIBUTES] if attributes else []))
         self.bought: Reward | None = None
         self._on, self._keywords, self._product = "index", list[str](), 0
         self._chosen, self._visited = dict[str, str](), set[str]()
@@ -63,7 +65,7 @@ class Visit:
             self._turn(1 if name == "next >" else -1)
         elif name == "buy now":
             self._buy()
-        elif name.title() in SUB_PAGES:
+        elif name.title() in self._sub_pages:
             self._on = "sub-page"
             self.page = pages.sub_page(self._goal.text, self._seen(), name.title())
         else:
@@ -102,7 +104,7 @@ class Visit:
 
     def _show_item(self) -> None:
         self._on = "item"
-        self.page = pages.item_page(self._goal.text, self._seen(), self._chosen, self._keywords)
+        self.page = pages.item_page(self._goal.text, self._seen(), self._chosen, self._keywords, self._sub_pages)
 
     def _shown(self) -> Sequence[int]:
         """Places of the products on this page of results."""
