@@ -131,9 +131,18 @@ def test_evaluating_a_run_with_and_without_its_memory(smoke_run: Path):
     assert row.split("│")[-2].strip() == "0", "the scope of an unseen variation holds no tips"
 
 
+def test_the_environments_catalogue_stands_below_the_table(capsys):
+    numbers = {"episodes": 1, "score_mean": 0.0, "success_rate": 0.0, "valid_action_rate": 1.0, "turns_mean": 5.0}
+    where = {"environment": {"name": "webshop", "products": 2000, "checksum": "3d18", "seed": 0}}
+    result = {**where, "memory": "none", "split": "test", "tasks": [], **numbers}
+    evaluate_command.print_evaluation(result, as_json=False)
+    assert capsys.readouterr().out.splitlines()[-1] == "name webshop, products 2000, checksum 3d18, seed 0"
+
+
 def test_a_rare_success_is_not_printed_as_zero(capsys):
     numbers = {"episodes": 64, "score_mean": 0.016, "success_rate": 0.016, "valid_action_rate": 1.0, "turns_mean": 5.0}
-    result = {"memory": "none", "split": "train", "tasks": [{"task": "coin-11/9", **numbers}], **numbers}
+    where = {"environment": {"name": "textworld-express"}}
+    result = {**where, "memory": "none", "split": "train", "tasks": [{"task": "coin-11/9", **numbers}], **numbers}
     evaluate_command.print_evaluation(result, as_json=False)
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-2].split("│")]
     assert cells[3:5] == ["0.02", "1.6"]

@@ -188,9 +188,9 @@ def test_what_can_be_done_stands_in_the_current_turn_only(mode, window):
     trajectory, prompts = play(beats, rules(window_turns=window, offers=True, cue="Next:"), mode)
     for now, prompt in enumerate(prompts):
         text = CHAT.tokenizer.decode(list(prompt))
-        assert text.count("You can: ") == 1
-        assert f"room {now}\n\nYou can: take {now}; drop {now}.\n\nNext:" in text
-    assert [CHAT.tokenizer.decode(list(p)).count("You can: ") for p in sequences.prompts(trajectory, plain=True)] == [
+        assert text.count("You can:") == 1
+        assert f"room {now}\n\nYou can:\ntake {now}\ndrop {now}\n\nNext:" in text
+    assert [CHAT.tokenizer.decode(list(p)).count("You can:") for p in sequences.prompts(trajectory, plain=True)] == [
         1
     ] * 3
     _, silent = play(beats, rules(window_turns=window), mode)

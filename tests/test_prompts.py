@@ -204,7 +204,7 @@ def test_the_benchmarks_instructions_say_how_to_reply_in_words_that_can_be_excha
 
 def test_what_can_be_done_in_words():
     assert prompts.offer_of({}) == prompts.offer_of({"actions": ()}) == ""
-    assert prompts.offer_of({"actions": ("go north", "wait")}) == "You can: go north; wait."
+    assert prompts.offer_of({"actions": ("go north", "wait")}) == "You can:\ngo north\nwait"
     assert prompts.offer_of({"actions": ("wait",), "offer": "Forms: go OBJ."}) == "Forms: go OBJ."
     assert prompts.turn("A hall.", ["tip"], offer="You can: wait.", cue="Next:") == (
         "Tips from earlier attempts at this task:\n- tip\n\nA hall.\n\nYou can: wait.\n\nNext:"

@@ -3,9 +3,12 @@
 The words and scores of Lucene were recorded from Anserini 0.38 (Lucene 9), DefaultEnglishAnalyzer, on 2026-11-29.
 """
 
+import hashlib
 import json
 import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -711,7 +714,7 @@ def test_the_environment(folder):
         environment.step("search[x]")
     observation, info = environment.reset(Task(environment="webshop", name="synthetic", variation=0), 0)
     assert (observation, info["actions"]) == ("WebShop [SEP] Search", ())
-    assert info["offer"] == "You can: search[words]."
+    assert info["offer"] == "You can:\nsearch[words]"
     assert info["task"].startswith("Find me")
     _, reward, terminated, truncated, info = environment.step("search[oak coffee table]")
     assert (reward, terminated, truncated, info["valid"]) == (0.0, False, False, True)
@@ -774,6 +777,32 @@ def test_goals_of_the_real_set(real_products, seed):
     assert len(Catalogue(real_products, seed=seed, human=True).goals) == 13
 
 
+GOALS = """
+import hashlib, sys
+from pathlib import Path
+from empo2.envs.webshop import products
+from empo2.envs.webshop.catalogue import Catalogue, in_memory
+goods = Catalogue(in_memory(list(products.read_products(Path(sys.argv[1])))), seed=3)
+print(hashlib.sha256(repr(list(goods.goals)).encode()).hexdigest())
+"""
+
+
+@real
+def test_goals_are_the_same_in_every_process(real_products):
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", GOALS, str(REAL)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    here = hashlib.sha256(repr(list(Catalogue(real_products, seed=3).goals)).encode()).hexdigest()
+    assert told == [f"{here}\n"] * 2
+
+
 @real
 def test_what_the_right_purchases_are_worth(real_products):
     goods = Catalogue(real_products, seed=0)
@@ -783,3 +812,18 @@ def test_what_the_right_purchases_are_worth(real_products):
     assert all(fixed.reward(goal, goal.place, goal.options.values()).total == 1 for goal in fixed.goals)
     people = Catalogue(real_products, seed=0, human=True)
     assert all(people.reward(goal, goal.place, goal.options).total == 1 for goal in people.goals)
+
+
+@real
+def test_simple_policies_on_the_real_set(real_products):
+    """On goals 0 to 99: who buys what was asked for, and who buys the first hit for its attributes, with no option."""
+    goods = Catalogue(real_products, seed=0)
+
+    def bought(place: int, goal: goals.Goal, options: list[str]) -> float:
+        return goods.reward(goal, place, options).total
+
+    asked = [goods.goals[number] for number in range(100)]
+    oracle = [bought(goal.place, goal, list(goal.options.values())) for goal in asked]
+    first = [bought(goods.hits(" ".join(goal.attributes), random.Random(0))[0], goal, []) for goal in asked]
+    assert (round(sum(oracle) / 100, 3), oracle.count(1)) == (0.995, 97)
+    assert (round(sum(first) / 100, 2), first.count(1)) == (0.35, 4)

@@ -49,7 +49,7 @@ def turn(observation: str, tips: Sequence[str] = (), *, offer: str = "", cue: st
 def offer_of(info: Mapping[str, Any]) -> str:
     """What an environment says can be done: its own words (``info["offer"]``), or its actions; empty if nothing."""
     actions = info.get("actions") or ()
-    return str(info.get("offer") or (f"You can: {'; '.join(actions)}." if actions else ""))
+    return str(info.get("offer") or ("\n".join(("You can:", *actions)) if actions else ""))
 
 
 def tip_request(final_observation: str, score: float) -> str:

@@ -35,6 +35,7 @@ def add(commands: Commands) -> None:
 
 def execute(parsed: argparse.Namespace) -> int:
     from empo2.assemble import assemble, preflight, resolved
+    from empo2.envs.base import about
     from empo2.evaluate import evaluate_split
     from empo2.run import RunFolder
     from empo2.store import copy_into
@@ -64,7 +65,8 @@ def execute(parsed: argparse.Namespace) -> int:
         )
     finally:
         parts.close()
-    print_evaluation({"model": recipe.model.path, **result}, as_json=parsed.json)
+    told = {"model": recipe.model.path, "environment": {"name": recipe.env.name, **about(parts.suite)}}
+    print_evaluation({**told, **result}, as_json=parsed.json)
     return 0
 
 
@@ -129,3 +131,5 @@ def print_evaluation(result: dict[str, Any], *, as_json: bool) -> None:
         tips = [str(row["memory_entries"])] if with_memory else []
         table.add_row(row["task"], str(row["episodes"]), score(row["score_mean"]), *rates, *tips)
     Console().print(table)
+    if len(result["environment"]) > 1:
+        print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))

@@ -126,7 +126,7 @@ class WebShopEnvironment:
         assert self._visit is not None
         told: dict[str, Any] = {"state": self._visit.page.read("short"), "actions": self._visit.possible()}
         if self._visit.bought is None and not told["actions"]:
-            told["offer"] = "You can: search[words]."  # where the search bar stands, nothing can be clicked
+            told["offer"] = "You can:\nsearch[words]"  # where the search bar stands, nothing can be clicked
         return told
 
 
