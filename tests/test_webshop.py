@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -629,6 +631,34 @@ def test_a_catalogue_without_products_is_refused(tmp_path):
         kept(write(tmp_path, []))
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[A B]", "product 1 is not valid JSON (there is no comma before it)"),
+        ("[A, B] more", "goes on after the list of products"),
+        ("[A, B]]", "goes on after the list of products"),
+        ("[A,, B]", "product 1 is not valid JSON"),
+        ("[A, B,]", "product 2 is not valid JSON"),
+        ("[, A]", "product 0 is not valid JSON"),
+        ("[A, B", "is the file cut off?"),
+        ("[A, B,", "is the file cut off?"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [7, 1 << 20])
+def test_a_list_that_is_no_json_is_refused(tmp_path, monkeypatch, text, told, at_once):
+    monkeypatch.setattr(products, "READ_AT_ONCE", at_once)
+    text = text.replace("A", json.dumps(entry("B01"))).replace("B", json.dumps(entry("X02")), 0)
+    text = text.replace(" B", " " + json.dumps(entry("B02")))
+    with pytest.raises(UsageError, match=re.escape(told)):
+        list(products.read_products(write(tmp_path, text)))
+
+
+def test_blanks_and_line_ends_around_products(tmp_path):
+    text = f"\n [ \n{json.dumps(entry('B01'))}\n , \t{json.dumps(entry('B02'))} \n] \n"
+    assert [product.asin for product in products.read_products(write(tmp_path, text))] == ["B01", "B02"]
+    assert list(products.read_products(write(tmp_path, " [ ] "))) == []
+
+
 def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
     write(tmp_path)
     path = next(tmp_path.glob("items_shuffle*.json"))
@@ -674,6 +704,88 @@ def test_attributes_on_request(shop):
     assert shown.page.read("text").split(" [SEP] ")[4:] == told
     assert shown.act("click[< prev]")
     assert "attributes" in shown.page.clickables()
+
+
+def shop_of(*entries):
+    """A catalogue of these entries, each asked for in a goal."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked = {fields["asin"]: INSTRUCTIONS["B01"] for fields in entries}
+        return Catalogue(in_memory(list(products.read_products(write(Path(folder), entries, asked, {})))), seed=0)
+
+
+BUTTONS = {
+    "act": values("buy now", "description", "back to search", "< prev", "z"),
+    "next": values("next >"),
+    "odd": values("", "x [y]", "[x]", "a\nb"),
+}
+
+
+def test_a_button_is_clicked_before_an_option_of_its_name():
+    item = visit(shop_of(entry("B01", customization_options=BUTTONS)), "search[table]", "click[b01]")
+    assert item.act("click[next >]")
+    assert item._chosen == {"next": "next >"}
+    assert item.act("click[description]")
+    assert item.page.read("text").endswith("A table.")
+    assert item.act("click[< prev]")
+    assert item.act("click[buy now]")
+    assert item.bought is not None
+
+
+def test_a_products_code_that_is_the_name_of_another_pages_button():
+    shop = shop_of(entry("B01"), entry("buy now"), entry("features"), entry("next >"))
+    for asin, expected in (("buy now", "buy now"), ("features", "features")):
+        item = visit(shop, "search[table]", f"click[{asin}]")
+        assert item.bought is None
+        assert item._seen().asin == expected
+        assert "buy now" in item.page.clickables()
+    turned = visit(shop, "search[table]", "click[next >]")
+    assert "Page 2" in turned.page.read("text"), "here it is a button of this page"
+
+
+def test_only_what_a_click_can_say_is_offered():
+    shop = shop_of(entry("B01", customization_options=BUTTONS))
+    item = visit(shop, "search[table]", "click[b01]")
+    for action in item.possible():
+        assert parsed(action), action
+        assert visit(shop, "search[table]", "click[b01]").act(action), action
+    assert {"click[]", "click[x [y]]", "click[[x]]", "click[a\nb]"}.isdisjoint(item.possible())
+
+
+def test_products_at_random_are_drawn_again_on_every_turn():
+    shop = shop_of(*(entry(f"B{number:03}") for number in range(200)))
+    results = visit(shop, "search[<r>]")
+    first = results._hits
+    results.act("click[next >]")
+    second = results._hits
+    results.act("click[< prev]")
+    assert len({tuple(hits) for hits in (first, second, results._hits)}) == 3
+
+
+def test_in_the_short_form_chosen_is_what_was_chosen():
+    """The original marks by what stands in quotes in the address: not é, and what was searched for."""
+    options = {"a": values("red", "é", '6"'), "b": values("red", "small")}
+    shop = shop_of(entry("B01", customization_options=options))
+    for name in ("é", '6"'):
+        told = visit(shop, "search[table]", "click[b01]", f"click[{name}]").page
+        assert f"{name} (chosen)" in told.read("short")
+        assert "clicked" not in told.read("text_rich")
+    told = visit(shop, 'search[table "small"]', "click[b01]", "click[red]").page
+    assert told.read("short").count("(chosen)") == 1
+    assert told.read("short").index("red (chosen)") > told.read("short").index("b [SEP]")
+    assert told.read("text_rich").count("You have clicked red.") == 2
+    assert "You have clicked small." in told.read("text_rich")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("ไทย ลาว", ["ไทย", "ลาว"]),
+        ("men＇s shoes", ["men", "shoe"]),
+        ("x" * 600, ["x" * 255, "x" * 255, "x" * 90]),
+    ],
+)
+def test_words_of_other_scripts_and_long_ones(text, found):
+    assert terms(text) == found
 
 
 def test_a_made_up_catalogue_can_be_bought_from(tmp_path):

@@ -99,9 +99,9 @@ class Catalogue:
         if first == "<r>":
             return rng.sample(range(len(self.products)), min(MOST_HITS, len(self.products)))
         if first == "<q>":
-            return self._parts.by_query.get(" ".join(rest), [])
+            return self._parts.by_query.get(" ".join(rest).strip(), [])
         if first == "<c>":
-            return self._parts.by_category.get(rest[0], []) if len(rest) == 1 else []
+            return self._parts.by_category.get(rest[0].strip(), []) if rest else []
         return [] if first == "<a>" else self._parts.search.search(text)
 
     def reward(self, goal: Goal, bought: int, chosen: Iterable[str]) -> Reward:

@@ -22,7 +22,7 @@ from empo2.envs.webshop.products import Product, official_files, read_products
 from empo2.envs.webshop.search import SearchIndex
 from empo2.errors import UsageError
 
-FORMAT = 1  #: of the cache; raise it when what is kept changes
+FORMAT = 2  #: of the cache; raise it when what is kept changes
 REMEMBERED = 4096  #: products that are not read twice
 
 

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from empo2.envs.webshop.products import Product
 
 Kind = Literal["text", "instruction", "button", "link", "label", "result"]
 Form = Literal["text", "text_rich", "short"]
+_CLICKED: tuple[Kind, ...] = "button", "link", "label"
 PER_PAGE = 10  #: products on a page of results
 SUB_PAGES = ("Description", "Features", "Reviews")
 ATTRIBUTES = "Attributes"  #: a sub-page on request: what the reward compares with, category and query
@@ -16,16 +17,25 @@ ATTRIBUTES = "Attributes"  #: a sub-page on request: what the reward compares wi
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One text of a page. ``marked``: a chosen label, a visited link. ``kind`` instruction and result: not `short`."""
+    """One text of a page. ``kind`` instruction and result: not in `short`.
+
+    ``marked``: a visited link, or a label that the original takes for a chosen one; ``chosen``: one that is.
+    """
 
     text: str
     kind: Kind = "text"
     marked: bool = False
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
 class Page:
     nodes: tuple[Node, ...]
+
+    def kind_of(self, name: str) -> Kind:
+        """What a click on a name reaches: a button before a link, a link before a label."""
+        kinds = {node.kind for node in self.nodes if (node.text if node.kind == "label" else node.text.lower()) == name}
+        return next(kind for kind in _CLICKED if kind in kinds)
 
     def clickables(self) -> list[str]:
         """What can be clicked: buttons, then links, then labels, each once."""
@@ -41,20 +51,18 @@ class Page:
         if form == "text":
             return _plain(self._visible())
         told = [node for node in self._visible() if node.kind not in ("instruction", "result")]
-        return _plain(
-            [Node(f"{node.text} (chosen)") if node.kind == "label" and node.marked else node for node in told]
-        )
+        return _plain([Node(f"{node.text} (chosen)") if node.chosen else node for node in told])
 
     def _visible(self) -> list[Node]:
         """An empty text gives no node; one of blanks only becomes a blank, or none if it breaks the line."""
         return [
-            node if node.text.strip(_BLANKS) else Node(" ", node.kind, node.marked)
+            node if node.text.strip(_BLANKS) else replace(node, text=" ")
             for node in self.nodes
             if node.text and (node.text.strip(_BLANKS) or "\n" not in node.text)
         ]
 
 
-_BLANKS = " \t\n\r\f\v"
+_BLANKS = " \t\n\r\f"
 
 
 def _plain(nodes: Sequence[Node]) -> str:
@@ -114,7 +122,7 @@ def item_page(
     address = f"{'+'.join(keywords)}/{json.dumps(chosen)}"
     for name, values in product.options.items():
         nodes.append(Node(name))
-        nodes += [Node(value, "label", f'"{value}"' in address) for value in values]
+        nodes += [Node(value, "label", f'"{value}"' in address, chosen.get(name) == value) for value in values]
     nodes += [Node(product.title), Node(f"Price: {product.price_tag}"), Node("Rating: N.A.")]
     return Page((*nodes, *map(_button, sub_pages), _button("Buy Now")))
 

@@ -217,12 +217,20 @@ def _listed(path: Path) -> Iterator[Any]:
         text, number = _more(file, path).lstrip("\ufeff \t\r\n"), 0
         if not text.startswith("["):
             raise UsageError(f"{path} must hold a list of products")
-        place = 1
+        place, after_comma = 1, True
         while True:
-            while place < len(text) and text[place] in " \t\r\n,":
+            while place < len(text) and text[place] in " \t\r\n":
                 place += 1
-            if place < len(text) and text[place] == "]":
+            here = text[place : place + 1]
+            if here == "]" and (not number or not after_comma):
+                if (text[place + 1 :] + _more(file, path)).strip():
+                    raise UsageError(f"{path} goes on after the list of products")
                 return
+            if here == "," and not after_comma:
+                place, after_comma = place + 1, True
+                continue
+            if here and not after_comma:
+                raise UsageError(f"{path}: product {number} is not valid JSON (there is no comma before it)")
             try:
                 member, place = decoder.raw_decode(text, place)
             except ValueError as error:
@@ -234,7 +242,7 @@ def _listed(path: Path) -> Iterator[Any]:
                 text, place = text[place:] + more, 0
                 continue
             yield member
-            number += 1
+            number, after_comma = number + 1, False
 
 
 def _more(file: TextIO, path: Path) -> str:

@@ -77,13 +77,10 @@ def type_score(bought: Product, asked: Product, bought_nouns: Sequence[str], ask
 def fuzzy(one: str, other: str) -> int:
     """thefuzz's `token_set_ratio`, 0 to 100; a set of words that the other holds gives 100."""
     from rapidfuzz.fuzz import token_set_ratio
+    from rapidfuzz.utils import default_process
 
-    one, other = _words(one), _words(other)
+    one, other = (default_process(re.sub(r"[\x80-\xff]", "", text)) for text in (one, other))
     return round(token_set_ratio(one, other)) if one and other else 0
-
-
-def _words(text: str) -> str:
-    return re.sub(r"[\W_]", " ", re.sub(r"[\x80-\xff]", "", text)).lower().strip()
 
 
 def _any_close(text: str, others: Iterable[str]) -> bool:

@@ -19,6 +19,7 @@ from empo2.envs.webshop.products import Product
 
 K1, B = 0.9, 0.4
 MOST_HITS = 50
+LONGEST_WORD = 255
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with".split()
@@ -52,11 +53,12 @@ def _word_pattern() -> str:
     numbers = rf"{digit}(?:(?:(?:{joiner})*|{in_numbers}){digit})*"
     run = rf"(?:{katakana}(?:(?:{joiner})*{katakana})*|(?:{words}|{numbers})+)"
     once = "".join("-".join(f"\\U{int(end, 16):08X}" for end in part.split("-")) for part in _ONCE_EMOJI.split())
-    picture = rf"[\p{{Extended_Pictographic}}{once}]\p{{Emoji_Modifier}}?\uFE0F?"
-    emoji = rf"{picture}(?:\u200D{picture})*"
+    picture = rf"[\p{{Extended_Pictographic}}{once}]{more}"
+    emoji = rf"{picture}(?:(?<=\u200D){picture})*"
     flag = r"\p{Regional_Indicator}{2}"
     alone = rf"[\p{{Script=Han}}\p{{Script=Hiragana}}]{more}"
-    return rf"(?:{joiner})*{run}(?:(?:{joiner})+{run})*(?:{joiner})*|{flag}|{emoji}|{alone}"
+    together = rf"(?:\p{{Line_Break=Complex_Context}}{more})+"  # Thai, Lao and others without blanks between words
+    return rf"(?:{joiner})*{run}(?:(?:{joiner})+{run})*(?:{joiner})*|{flag}|{emoji}|{alone}|{together}"
 
 
 _WORD = regex.compile(_word_pattern())
@@ -70,8 +72,14 @@ def document(product: Product) -> str:
 
 def terms(text: str) -> list[str]:
     """The words of a text as they are compared: in lower case, without possessive, stop words and endings."""
-    words = (re.sub(r"['’]s$", "", word) for word in _WORD.findall(text.lower()))
+    pieces = (piece for word in _WORD.findall(text.lower()) for piece in _pieces(word))
+    words = (re.sub(r"['’\uFF07]s$", "", piece) for piece in pieces)
     return [_stem(word) for word in words if word not in STOP_WORDS]
+
+
+def _pieces(word: str) -> list[str]:
+    """Of a longer word pieces of `LONGEST_WORD`."""
+    return [word[start : start + LONGEST_WORD] for start in range(0, len(word), LONGEST_WORD)]
 
 
 #: A vowel and a consonant after it: what has them is long enough to lose an ending.

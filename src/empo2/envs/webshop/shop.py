@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from empo2.envs.webshop import pages
 from empo2.envs.webshop.catalogue import Catalogue
@@ -28,6 +28,7 @@ class Visit:
         self._catalogue, self._goal, self._rng = catalogue, goal, rng
         self._sub_pages = (*SUB_PAGES, *([ATTRIBUTES] if attributes else []))
         self.bought: Reward | None = None
+        self.page: pages.Page
         self._on, self._keywords, self._product = "index", list[str](), 0
         self._chosen, self._visited = dict[str, str](), set[str]()
         self._back_to_search()
@@ -46,18 +47,32 @@ class Visit:
         return True
 
     def possible(self) -> tuple[str, ...]:
-        """What can be clicked, as actions; empty once something was bought."""
-        return tuple(f"click[{name}]" for name in self.page.clickables() if name != "search")
+        """What can be clicked, as actions, less names that no click can say; empty once something was bought."""
+        actions = ((name, f"click[{name}]") for name in self.page.clickables() if name != "search")
+        return tuple(action for name, action in actions if parsed(action) == ("click", name))
 
     def _search(self, text: str) -> None:
         self._keywords, self._number = text.split(" "), 1
         self._hits = self._catalogue.hits(text, self._rng)
         self._show_results()
 
+    def _search_again(self) -> None:
+        """Turning pages and going back search anew, which shows for `<r>` only: it draws other products."""
+        if self._keywords[0] == "<r>":
+            self._hits = self._catalogue.hits(" ".join(self._keywords), self._rng)
+        self._show_results()
+
     def _click(self, name: str) -> None:
-        labelled = [option for option, values in self._labels().items() if name in values]
-        if labelled:
-            self._chosen[labelled[-1]] = name
+        kind = self.page.kind_of(name)
+        if kind == "label":
+            named = [option for option, values in self._seen().options.items() if name in values]
+            self._chosen[named[-1]] = name
+            self._show_item()
+        elif kind == "link":
+            self._product = next(
+                place for place in self._shown() if self._catalogue.products[place].asin.lower() == name
+            )
+            self._visited.add(self._seen().asin)
             self._show_item()
         elif name == "back to search":
             self._back_to_search()
@@ -65,18 +80,9 @@ class Visit:
             self._turn(1 if name == "next >" else -1)
         elif name == "buy now":
             self._buy()
-        elif name.title() in self._sub_pages:
+        else:
             self._on = "sub-page"
             self.page = pages.sub_page(self._goal.text, self._seen(), name.title())
-        else:
-            self._product = next(
-                place for place in self._shown() if self._catalogue.products[place].asin.lower() == name
-            )
-            self._visited.add(self._seen().asin)
-            self._show_item()
-
-    def _labels(self) -> Mapping[str, tuple[str, ...]]:
-        return self._seen().options if self._on == "item" else {}
 
     def _turn(self, pages_on: int) -> None:
         """`Next >`, and `< Prev`, which leads from a sub-page to the item and from there back to its results."""
@@ -85,7 +91,7 @@ class Visit:
             return
         if self._on == "results":
             self._number += pages_on
-        self._show_results()
+        self._search_again()
 
     def _buy(self) -> None:
         self._on = "done"
