@@ -1,7 +1,11 @@
 """`empo2 check-env`: every built-in environment keeps the contract, and each way of breaking it is told."""
 
+import os
+import random
+import sys
+import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -45,14 +49,107 @@ class Remembering(Counting):
         return f"{self.episodes}", super().reset(task, seed)[1]
 
 
-_PLAYERS: list[int] = []
-
-
 class OtherElsewhere(Counting):
-    """Another one in each process: the place in memory of an object."""
+    """Another one in each process."""
 
     def step(self, action):
-        return (f"{id(_PLAYERS)}", *super().step(action)[1:])
+        return (f"{os.getpid()}", *super().step(action)[1:])
+
+
+class SharedDice(Counting):
+    """The dice of the whole process, seeded at reset: right as long as one environment plays alone."""
+
+    def reset(self, task, seed):
+        random.seed(task.variation)
+        return super().reset(task, seed)
+
+    def step(self, action):
+        return (f"{random.random()}", *super().step(action)[1:])
+
+    def worked_example(self, task):
+        return None
+
+
+class SharedList(Counting):
+    """All environments of the process write into one list."""
+
+    said: ClassVar[list[str]] = []
+
+    def reset(self, task, seed):
+        self.said.clear()
+        return super().reset(task, seed)
+
+    def step(self, action):
+        self.said.append(action)
+        return (f"turn {len(self.said)}", *super().step(action)[1:])
+
+    def worked_example(self, task):
+        return None
+
+
+class OneLevel(Counting):
+    def reset(self, task, seed):
+        return ("zero", "one")[task.variation], super().reset(task, seed)[1]
+
+    def worked_example(self, task):
+        return None
+
+
+class SmallSeeds(Counting):
+    def reset(self, task, seed):
+        if seed >= 2**31:
+            raise OverflowError("the seed is too large")
+        return super().reset(task, seed)
+
+
+class NanAtEnd(Counting):
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, float("nan") if reward else reward, *rest
+
+
+class Leaving(Counting):
+    def step(self, action):
+        if not action.strip():
+            sys.exit(0)
+        return super().step(action)
+
+
+class Hanging(Counting):
+    def step(self, action):
+        if not action.strip():
+            time.sleep(60)
+        return super().step(action)
+
+
+class Reusing(Counting):
+    """One info that is changed in place: workers send copies, so that nothing is wrong with it."""
+
+    def reset(self, task, seed):
+        observation, self.info = super().reset(task, seed)
+        return observation, self.info
+
+    def step(self, action):
+        *values, info = super().step(action)
+        self.info.update(info)
+        return *values, self.info
+
+
+class NumberedActions(Counting):
+    def step(self, action):
+        *values, info = super().step(action)
+        return *values, {**info, "actions": (1, 2)}
+
+
+class ActionsInOne(Counting):
+    def step(self, action):
+        *values, info = super().step(action)
+        return *values, {**info, "actions": "up"}
+
+
+class TwoLines(Counting):
+    def worked_example(self, task):
+        return WorkedExample(task_text="", turns=(("0", "up\nup"),))
 
 
 class GoesOn(Counting):
@@ -82,8 +179,8 @@ class EarlySuccess(Counting):
 
 class Flagless(Counting):
     def step(self, action):
-        observation, reward, over, cut, info = super().step(action)
-        return observation, reward, int(over), cut, info
+        *values, info = super().step(action)
+        return *values, {**info, "valid": "yes"}
 
 
 class NoText(Counting):
@@ -155,13 +252,14 @@ def of(environment: Any, **changes: Any) -> Bare:
 
 
 def failures(made: Any) -> dict[str, str]:
-    return {verdict.what: verdict.told for verdict in check_environment(made) if verdict.ok is False}
+    verdicts = check_environment(made, call_timeout_s=2.0 if made.name == "counting" else 60.0)
+    return {verdict.what: verdict.told for verdict in verdicts if verdict.ok is False}
 
 
 def test_an_environment_that_keeps_the_contract_passes():
     verdicts = list(check_environment(of(Counting)))
     assert [verdict.what for verdict in verdicts if not verdict.ok] == []
-    assert len(verdicts) == 11
+    assert len(verdicts) == 13
 
 
 @pytest.mark.parametrize(
@@ -173,9 +271,23 @@ def test_an_environment_that_keeps_the_contract_passes():
         (Fragile, "odd replies", "raised ValueError: too long"),
         (OneFlag, "five values", "is both terminated (it has ended) and truncated"),
         (EarlySuccess, "five values", "but the episode goes on"),
-        (Flagless, "five values", "terminated must be True or False"),
-        (NoText, "worker process", "must return (observation, info), the observation a str"),
-        (Wordy, "five values", "info['state'] must be text; it is 3"),
+        (Flagless, "five values", "info['valid'] must be True or False"),
+        (NoText, "every split", "must return (observation, info), the observation a str"),
+        (SharedDice, "apart", "beside another environment in the same process"),
+        (SharedList, "apart", "beside another environment in the same process"),
+        (
+            OneLevel,
+            "every split",
+            "counting/default/2 of the dev split cannot be begun with seed 4294967295: IndexError",
+        ),
+        (SmallSeeds, "every split", "OverflowError: the seed is too large"),
+        (NanAtEnd, "five values", "the reward finite"),
+        (Leaving, "odd replies", "ended with exit code 0"),
+        (Hanging, "odd replies", "no answer within env.call_timeout_s = 2"),
+        (NumberedActions, "five values", "info['actions'] must be a list or tuple of texts"),
+        (ActionsInOne, "five values", "info['actions'] must be a list or tuple of texts"),
+        (TwoLines, "worked examples", "a policy's action is one line"),
+        (Wordy, "five values", "info['state'] must be text; after 'up' it is 3"),
         (Offering, "offered actions", "'down' is in info['actions'] of counting/default/0, and then it is not valid"),
         (Unsolved, "worked examples", "does not end in success"),
         (OtherSeen, "worked examples", "tells 'zero', the episode '0'"),
@@ -185,7 +297,11 @@ def test_an_environment_that_keeps_the_contract_passes():
 )
 def test_each_way_of_breaking_the_contract_is_told(environment, what, told):
     found = failures(of(environment))
-    assert told in found[what]
+    assert told in found.get(what, ""), found
+
+
+def test_an_info_that_is_changed_in_place_is_all_right():
+    assert failures(of(Reusing)) == {}
 
 
 @pytest.mark.parametrize(

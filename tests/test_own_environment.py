@@ -6,7 +6,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import tomli_w
 
 from empo2 import cli, config
 from empo2.envs.base import known_suites, suite
@@ -107,6 +109,11 @@ def test_the_gymnasium_recipe_of_the_docs_keeps_the_contract(here, capsys):
     (here / "lake.toml").write_text(recipe, encoding="utf-8")
     assert cli.main(["check-env", "lake.toml"]) == 0
     assert "gymnasium keeps the contract" in capsys.readouterr().out
+    small = config.to_dict(smoke(("train.steps", 1), ("env.variations", ""), ("model.max_tokens", 3000)))
+    for section, values in config.read_recipe(str(here / "lake.toml")).items():
+        small[section] |= values
+    (here / "small.toml").write_text(tomli_w.dumps(small), encoding="utf-8")
+    assert cli.main(["train", "small.toml", "--run", "run"]) == 0
 
 
 # ---------------------------------------------------------------- names
@@ -132,9 +139,12 @@ def test_environments_of_other_packages_are_known_by_name(guess, monkeypatch, ca
     ("name", "options", "message"),
     [
         ("gues", {}, "there is no environment 'gues'; known: scienceworld, webshop"),
-        ("no_such_module:suite", {}, "there is no module 'no_such_module', in this folder or installed"),
+        ("no_such_module:suite", {}, "there is no module 'no_such_module', installed or in this folder"),
         ("guess.inner:suite", {}, "there is no module 'guess.inner'"),
         ("guess:sweet", {}, "the module 'guess' has no 'sweet'"),
+        (":suite", {}, "':suite' is no MODULE:ATTRIBUTE"),
+        ("./guess:suite", {}, "is no MODULE:ATTRIBUTE"),
+        (".guess:suite", {}, "is no MODULE:ATTRIBUTE"),
         ("guess:Guess", {}, r"it has no name, per_worker, .*; `SimpleSuite` makes one"),
         ("guess:suite", {"size": 3}, "takes no env.options; remove {'size': 3}"),
         ("toy", {"size": 3}, "cannot be made of env.options = {'size': 3}"),
@@ -150,6 +160,28 @@ def test_what_a_module_of_ones_own_lacks_is_no_wrong_name(here):
     (here / "broken.py").write_text("import not_installed_at_all\n", encoding="utf-8")
     with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
         suite("broken:suite")
+
+
+def test_what_fails_inside_a_module_of_ones_own_is_shown(here):
+    (here / "failing.py").write_text("import random\nX = random.no_such_function\n", encoding="utf-8")
+    with pytest.raises(AttributeError, match="no_such_function"):
+        suite("failing:suite")
+
+
+def test_a_stray_module_here_does_not_hide_a_built_in_environments_library(here, monkeypatch):
+    (here / "regex.py").write_text("raise RuntimeError('not this one')\n", encoding="utf-8")
+    suite("webshop")
+    assert str(here) not in sys.path
+
+
+def test_an_attribute_of_an_attribute(here):
+    (here / "nested.py").write_text("class All:\n    from empo2.envs.toy import ToySuite as suite\n", encoding="utf-8")
+    assert suite("nested:All.suite").name == "toy"
+
+
+def test_one_name_for_several_tasks_is_refused():
+    with pytest.raises(ConfigError, match=re.escape("write ('walk',)")):
+        SimpleSuite(name="e", make=Endless, instructions_text="Go.", tasks="walk")
 
 
 def test_options_make_a_suite(here):
@@ -245,7 +277,9 @@ TASK = Task(environment="gymnasium", name="FrozenLake-v1", variation=3)
 
 
 def test_named_actions_observations_and_the_end():
-    straight = lake(actions=("left", "down", "right", "up"), kwargs={"is_slippery": False}, task="Reach G.")
+    straight = lake(
+        actions=("left", "down", "right", "up"), kwargs={"is_slippery": False}, task="Reach G.", success_score=1.0
+    )
     assert straight.instructions().endswith("Actions: left, down, right, up.")
     environment = straight.open()
     names = ("left", "down", "right", "up")
@@ -263,6 +297,36 @@ def test_named_actions_observations_and_the_end():
         environment.step("left")
     environment.close()
     environment.close()
+
+
+def test_falling_is_no_success():
+    """CartPole pays for every step, and its end is a failure; only a score that was asked for counts."""
+    cart = suite("gymnasium", id="CartPole-v1").open()
+    cart.reset(TASK, 0)
+    for _ in range(50):
+        _, _, terminated, _, info = cart.step("0")
+        if terminated:
+            break
+    assert terminated
+    assert not info["success"]
+
+
+def test_a_drawing_is_shown_and_the_state_is_the_observation():
+    drawn = lake(kwargs={"is_slippery": False, "render_mode": "ansi"}, observation="render").open()
+    seen, info = drawn.reset(TASK, 0)
+    assert seen.startswith("[S]FFF\n")
+    assert info["state"] == "0"
+    assert drawn.step("1")[4]["state"] == "4"
+    with pytest.raises(ConfigError, match="render\\(\\) of FrozenLake-v1 gives no text but NoneType; set kwargs"):
+        lake(observation="render").open().reset(TASK, 0)
+
+
+def test_observations_are_written_whole_and_plainly():
+    from empo2.envs.gym import written
+
+    assert written((numpy.int64(3), [numpy.float32(0.5)], {"a": numpy.bool_(True)})) == "(3, [0.5], {'a': True})"
+    assert "..." not in written(numpy.zeros(5000))
+    assert written("\x1b[41mS\x1b[0mFF\n") == "[S]FF"
 
 
 def test_an_end_without_a_score_is_no_success():

@@ -195,11 +195,15 @@ def test_instructions_ask_for_tags():
         f"Shop. {prompts.THINK_FIRST} Actions: buy."
     )
     assert system("Say a number.") == f"Say a number. {prompts.THINK_FIRST}"
+    assert system("Reply with one number and nothing else.") == prompts.THINK_FIRST
+    assert system("Reply with one door.") == prompts.THINK_FIRST
 
 
 @pytest.mark.parametrize("name", ["scienceworld", "webshop", "textworld-express"])
 def test_the_benchmarks_instructions_say_how_to_reply_in_words_that_can_be_exchanged(name):
-    assert prompts.ONE_ACTION in suite(name).instructions()
+    told = prompts.opening(suite(name).instructions(), [], reply="tags")[0].text
+    assert told.count(prompts.THINK_FIRST) == max(1, suite(name).instructions().count("Reply with one action"))
+    assert "nothing else" not in told
 
 
 def test_what_can_be_done_in_words():

@@ -12,7 +12,7 @@ from empo2.chat import Message
 from empo2.types import Tip, Trajectory, Turn, WorkedExample
 
 Reply = Literal["line", "tags"]  #: how an action stands in a reply: as its first line, or in <action> tags
-ONE_ACTION = "Reply with one action and nothing else."
+_REPLY_WITH_ONE = r"Reply with one [\w ]+?(?: and nothing else)?\."  #: how instructions ask for an action alone
 THINK_FIRST = (
     "First reason about what you see, inside <think> </think>. Then give one action inside <action> </action>."
 )
@@ -23,14 +23,14 @@ def opening(
 ) -> list[Message]:
     """System message and worked examples as chat turns; the task with its first observation (`first_turn`) follows."""
     if reply == "tags":
-        plain = instructions.replace(ONE_ACTION, THINK_FIRST)
-        instructions = plain if THINK_FIRST in plain else f"{plain} {THINK_FIRST}"
+        said = re.search(_REPLY_WITH_ONE, instructions)
+        instructions = instructions.replace(said[0], THINK_FIRST) if said else f"{instructions} {THINK_FIRST}"
     messages = [Message(role="system", text=instructions)]
     for example in examples:
         for index, (seen, action) in enumerate(example.turns):
             text = first_turn(example.task_text, seen, cue=cue) if index == 0 else turn(seen, cue=cue)
-            said = f"<action>{action}</action>" if reply == "tags" else action
-            messages += [Message(role="user", text=text), Message(role="assistant", text=said)]
+            replied = f"<action>{action}</action>" if reply == "tags" else action
+            messages += [Message(role="user", text=text), Message(role="assistant", text=replied)]
     return messages
 
 

@@ -1,14 +1,13 @@
 """`empo2 envs`, `empo2 check-env`, `empo2 play`: look at environments, try their contract, play them."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empo2 import config
 from empo2.cli.common import Commands, add_settings, chosen_settings, fetch_missing, quiet_libraries
 from empo2.cli.evaluate import last_checkpoint, positive, recipe_of
-from empo2.errors import UsageError
+from empo2.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from empo2.config import EnvConfig
@@ -52,7 +51,13 @@ def envs(parsed: argparse.Namespace) -> int:
         if name == "gymnasium":
             print("gymnasium: any of its environments, as env.options = { id = … } says")
             continue
-        environment = suite(name)
+        try:
+            environment = suite(name)
+        except ConfigError as error:
+            if parsed.name:
+                raise
+            print(f"{name}: {error}")  # one of another package's, perhaps with options of its own
+            continue
         print(f"{name}: {len(environment.task_names())} tasks")
         print(f"  {'task':<52} {'variations to train on':<24} {'dev':<24} {'test':<24}".rstrip())
         for task in environment.task_names():
@@ -78,11 +83,13 @@ def check_env(parsed: argparse.Namespace) -> int:
 
     if parsed.turns < 1:
         raise UsageError(f"--turns must be at least 1, got {parsed.turns}")
-    environment = suite_of(_settings(parsed))
-    check_tasks(environment, tuple(parsed.task))
+    settings = _settings(parsed)
+    environment = suite_of(settings)
+    named = settings.tasks if parsed.task or _is_recipe(parsed) else ()
+    check_tasks(environment, named)
     marks = {True: "ok", False: "FAILS", None: "–"}
     failed = False
-    for verdict in check_environment(environment, parsed.task, turns=parsed.turns):
+    for verdict in check_environment(environment, named, turns=parsed.turns, call_timeout_s=settings.call_timeout_s):
         print(f"{marks[verdict.ok]:<6} {verdict.what:<24} {verdict.told}", flush=True)
         failed |= verdict.ok is False
     print(f"{environment.name} {'breaks' if failed else 'keeps'} the contract")
@@ -97,9 +104,11 @@ def play(parsed: argparse.Namespace) -> int:
     from empo2.envs.base import suite_of
     from empo2.play import by_hand
 
-    environment = suite_of(_settings(parsed))
+    settings = _settings(parsed)
+    environment = suite_of(settings)
     environment.check()
-    by_hand(environment, _task(parsed, environment), print, input)
+    named = settings.tasks if parsed.task or _is_recipe(parsed) else environment.task_names()
+    by_hand(environment, _task(parsed, environment, named[0]), print, input)
     return 0
 
 
@@ -124,7 +133,9 @@ def _watch(parsed: argparse.Namespace) -> int:
         if with_memory := parsed.memory == "run":
             copy_into(parts.connection, run.store)
             parts.memory.rewind(checkpoint.step)
-        task = _task(parsed, parts.suite, parts.train_tasks)
+        task = parts.train_tasks[0]
+        if parsed.task or parsed.variation is not None:
+            task = _task(parsed, parts.suite, parsed.task or task.name)
         for trajectory in run_episodes(
             parts, [task], episodes=parsed.episodes, temperature=recipe.eval.temperature, with_memory=with_memory
         ):
@@ -136,21 +147,24 @@ def _watch(parsed: argparse.Namespace) -> int:
 
 def _settings(parsed: argparse.Namespace) -> "EnvConfig":
     """The settings that make the environment: a recipe's, or the defaults with its name."""
-    is_recipe = parsed.subject.endswith(".toml")
+    from empo2.envs.base import without_panels
+
+    is_recipe = _is_recipe(parsed)
     values: dict[str, Any] = config.read_recipe(parsed.subject) if is_recipe else {"env": {"name": parsed.subject}}
     tasks = parsed.task if isinstance(parsed.task, list) else [parsed.task]
     named = [("env.tasks", tasks)] if any(tasks) else []
-    return config.from_dict(config.with_overrides(values, [*named, *chosen_settings(parsed)])).env
+    return without_panels(config.from_dict(config.with_overrides(values, [*named, *chosen_settings(parsed)])).env)
 
 
-def _task(parsed: argparse.Namespace, environment: "Suite", known: "Sequence[Task]" = ()) -> "Task":
-    """The task that is asked for, or the first of ``known`` or of all. Raises UsageError if there is none such."""
+def _is_recipe(parsed: argparse.Namespace) -> bool:
+    return str(parsed.subject).endswith(".toml")
+
+
+def _task(parsed: argparse.Namespace, environment: "Suite", name: str) -> "Task":
+    """The variation that is asked for, or the first to train on. Raises UsageError if there is none such."""
     from empo2.envs.base import SPLITS, check_tasks
     from empo2.types import Task
 
-    if known and parsed.task is None and parsed.variation is None:
-        return known[0]
-    name = parsed.task or (known[0].name if known else environment.task_names()[0])
     check_tasks(environment, (name,))
     variation = environment.variations(name, "train")[0] if parsed.variation is None else parsed.variation
     if not any(variation in environment.variations(name, split) for split in SPLITS):

@@ -113,7 +113,7 @@ def without_panels(env: EnvConfig) -> EnvConfig:
 
 def known_suites() -> dict[str, str]:
     """Environment → where its suite is (`module:attribute`): the built-in ones, then those of installed packages."""
-    others = {point.name: point.value for point in metadata.entry_points(group=ENTRY_POINTS)}
+    others = {point.name: point.value.split("[")[0].strip() for point in metadata.entry_points(group=ENTRY_POINTS)}
     return {**BUILT_IN, **{name: where for name, where in sorted(others.items()) if name not in BUILT_IN}}
 
 
@@ -128,7 +128,7 @@ def suite(name: str, **options: Any) -> Suite:
             f"there is no environment {name!r}; known: {', '.join(known_suites())}; set env.name, to MODULE:ATTRIBUTE "
             "for one of your own"
         )
-    found = _imported(where)
+    found = _imported(where, here=name not in BUILT_IN)
     if callable(found):
         try:
             inspect.signature(found).bind(**options)
@@ -170,19 +170,27 @@ def suite_of(env: EnvConfig) -> Suite:
     return suite(env.name, **settings.get(env.name, env.options))
 
 
-def _imported(where: str) -> Any:
-    """The attribute of `module:attribute`; modules of the current folder are found as well."""
+def _imported(where: str, *, here: bool) -> Any:
+    """The attribute of `module:attribute`; ``here``: modules of the current folder are found first."""
     module, _, attribute = where.partition(":")
-    if os.getcwd() not in sys.path:
+    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise ConfigError(f"{where!r} is no MODULE:ATTRIBUTE; set env.name")
+    if here and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # worker processes are told of it
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # it is there, and something that it imports is not
-        raise ConfigError(f"there is no module {module!r}, in this folder or installed; set env.name") from None
-    except AttributeError:
-        raise ConfigError(f"the module {module!r} has no {attribute!r}; set env.name to MODULE:ATTRIBUTE") from None
+        raise ConfigError(
+            f"there is no module {module!r}, installed or in this folder ({os.getcwd()}); set env.name, or go to the "
+            "folder where the run began"
+        ) from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"the module {module!r} has no {attribute!r}; set env.name to MODULE:ATTRIBUTE")
+        found = getattr(found, part)
+    return found
 
 
 def check_tasks(suite: Suite, task_names: tuple[str, ...]) -> None:

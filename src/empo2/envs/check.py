@@ -11,7 +11,7 @@ from typing import Any
 from empo2.envs.base import SPLITS, Suite
 from empo2.envs.pool import EnvironmentPool, essence
 from empo2.errors import UsageError
-from empo2.types import Environment, Task, WorkedExample
+from empo2.types import Task, WorkedExample
 
 #: Replies as a model may write them: none of them may raise.
 ODD = (
@@ -27,6 +27,7 @@ ODD = (
     "x" * 100_000,
 )
 MOST_TURNS = 300  #: in which an end is looked for
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -46,39 +47,39 @@ class _Nothing(Exception):
     """There is nothing to check; the message says why."""
 
 
-def check_environment(suite: Suite, task_names: Sequence[str] = (), *, turns: int = 20) -> Iterator[Verdict]:
-    """Try a suite and its environments, on the first train variation of each task (or of those named).
+def check_environment(
+    suite: Suite, task_names: Sequence[str] = (), *, turns: int = 20, call_timeout_s: float = 60.0
+) -> Iterator[Verdict]:
+    """Try a suite and its environments, in worker processes as training has them, on each task (or those named).
 
-    Every later check is left out where the suite itself, or a reset or step in a worker process, does not hold. Raises
-    UsageError where a part is missing or a setting is wrong.
+    Every later check is left out where the suite itself, or a reset or step, does not hold. Raises UsageError where a
+    part is missing or a setting is wrong.
     """
     yield (verdict := _verdict("suite", lambda: _suite(suite)))
     if not verdict.ok:
         return
-    tasks = [
-        Task(environment=suite.name, name=name, variation=suite.variations(name, "train")[0])
-        for name in task_names or suite.task_names()
-        if suite.variations(name, "train")
-    ]
-    if not tasks:
+    names = [name for name in task_names or suite.task_names() if suite.variations(name, "train")]
+    if not names:
         raise UsageError(f"{', '.join(task_names)} of {suite.name} has no variation to train on; name another task")
-    yield (verdict := _verdict("worker process", lambda: _in_worker(suite, tasks[0])))
+    yield (verdict := _verdict("worker process", lambda: _pickles(suite)))
     if not verdict.ok:
         return
-    probe = _Probe(suite, tasks, turns)
-    try:
-        yield (verdict := _verdict("five values", probe.five_values))
-        if verdict.ok:
-            yield _verdict("same again", probe.same_again)
-            yield _verdict("same in a fresh process", probe.same_elsewhere)
-            yield _verdict("reset midway", probe.reset_midway)
-            yield _verdict("end", probe.end)
-            yield _verdict("odd replies", probe.odd_replies)
-            yield _verdict("offered actions", probe.offered_actions)
-            yield _verdict("worked examples", probe.worked_examples)
-    finally:
-        verdict = _verdict("close twice", probe.close)
-    yield verdict
+    with EnvironmentPool(suite, 2, call_timeout_s=call_timeout_s) as pool:
+        probe = _Probe(suite, pool, names, turns)
+        for name, check in (("every split", probe.every_split), ("five values", probe.five_values)):
+            yield (verdict := _verdict(name, check))
+            if not verdict.ok:
+                return
+        yield _verdict("same again", probe.same_again)
+        yield _verdict("apart", probe.apart)
+        yield _verdict("reset midway", probe.reset_midway)
+        yield _verdict("end", probe.end)
+        yield _verdict("odd replies", probe.odd_replies)
+        yield _verdict("offered actions", probe.offered_actions)
+        yield _verdict("worked examples", probe.worked_examples)
+    with EnvironmentPool(suite, 1, call_timeout_s=call_timeout_s) as other:
+        yield _verdict("same in a fresh process", lambda: probe.same_elsewhere(other))
+    yield _verdict("close twice", lambda: _close_twice(suite, probe.tasks[0]))
 
 
 def _verdict(what: str, check: Callable[[], str]) -> Verdict:
@@ -108,31 +109,31 @@ def _suite(suite: Suite) -> str:
     if len(empty) == len(names):
         raise Broken("no task has a variation to train on")
     for name in names:
-        variations = {split: suite.variations(name, split) for split in SPLITS}
-        every = [variation for split in SPLITS for variation in variations[split]]
+        every = [variation for split in SPLITS for variation in suite.variations(name, split)]
         if len(set(every)) < len(every):
-            raise Broken(
-                f"a variation of {name} is in two splits, or twice in one: evaluation would see what was trained"
-            )
+            raise Broken(f"a variation of {name} is in two splits, or twice in one: evaluation would see training")
     if suite.per_worker < 1:
         raise Broken(f"per_worker = {suite.per_worker} must be at least 1")
     suite.check()
     return f"{len(names)} tasks, splits apart" + (f"; without training: {', '.join(empty)}" if empty else "")
 
 
-def _in_worker(suite: Suite, task: Task) -> str:
+def _pickles(suite: Suite) -> str:
     try:
-        pickle.dumps(suite)
+        pickle.loads(pickle.dumps(suite))
     except Exception as error:
         raise Broken(
             f"the suite cannot be pickled, as worker processes need it ({error}); keep plain values in it"
         ) from error
-    with EnvironmentPool(suite, 1) as pool:
-        pool.start_reset(0, task, 0)
-        pool.receive_reset(0)
-        pool.start_step(0, "look")
-        pool.receive_step(0)
-    return "opened, reset and stepped there"
+    return "the suite can be sent there"
+
+
+def _close_twice(suite: Suite, task: Task) -> str:
+    environment = suite.open()
+    environment.reset(task, 0)
+    environment.close()
+    environment.close()
+    return "does nothing the second time"
 
 
 @dataclass
@@ -149,64 +150,98 @@ class _Played:
 
 
 class _Probe:
-    """One open environment, and the episodes that were played in it."""
+    """Two environments of a pool, in one worker if the suite allows it, and the episodes that were played there."""
 
-    def __init__(self, suite: Suite, tasks: Sequence[Task], turns: int) -> None:
-        self._suite, self._tasks, self._turns = suite, tasks, turns
-        self._environment: Environment = suite.open()
+    def __init__(self, suite: Suite, pool: EnvironmentPool, names: Sequence[str], turns: int) -> None:
+        self._suite, self._pool, self._names, self._turns = suite, pool, names, turns
+        self.tasks = [self._task(name, suite.variations(name, "train")[0]) for name in names]
         self._examples: dict[Task, WorkedExample | None] = {}
         self._played: list[_Played] = []
 
+    def every_split(self) -> str:
+        """The first and the last variation of each split can be begun, with the largest seed."""
+        tried = 0
+        for name in self._names:
+            for split in SPLITS:
+                variations = self._suite.variations(name, split)
+                for variation in dict.fromkeys((*variations[:1], *variations[-1:])):
+                    task = self._task(name, variation)
+                    try:
+                        self._reset(self._pool, 0, task, LARGEST_SEED)
+                    except Broken:
+                        raise
+                    except Exception as error:
+                        raise Broken(
+                            f"{task} of the {split} split cannot be begun with seed {LARGEST_SEED}: "
+                            f"{type(error).__name__}: {error}"
+                        ) from error
+                    tried += 1
+        return f"{tried} variations, the first and last of each, begin with the largest seed"
+
     def five_values(self) -> str:
-        for task in self._tasks:
+        for task in self.tasks:
             self._played.append(self._random_walk(task, self._turns))
         steps = sum(len(played.actions) for played in self._played)
-        return f"{len(self._tasks)} tasks, {steps} steps: text, finite reward, two flags, info"
+        return f"{len(self.tasks)} tasks, {steps} steps: text, finite reward, two flags, info"
 
     def same_again(self) -> str:
         for played in self._played:
-            self._compare(played, self._replay(played), "a second time in the same environment")
+            self._compare(played, self._do(self._pool, played.task, played.actions).answers, "a second time")
         return "equal actions give equal episodes"
 
-    def same_elsewhere(self) -> str:
-        with EnvironmentPool(self._suite, 1) as pool:
-            for played in self._played:
-                pool.start_reset(0, played.task, 0)
-                answers: list[Any] = [pool.receive_reset(0)]
-                for action in played.actions:
-                    pool.start_step(0, action)
-                    result = pool.receive_step(0)
-                    answers.append(
-                        (result.observation, result.reward, result.terminated, result.truncated, dict(result.info))
-                    )
-                self._compare(played, answers, "in a fresh process")
+    def same_elsewhere(self, pool: EnvironmentPool) -> str:
+        for played in self._played:
+            self._compare(played, self._do(pool, played.task, played.actions).answers, "in a fresh process")
         return "and so they do there"
+
+    def apart(self) -> str:
+        """Two environments, stepped in turn, do what each does alone: they share nothing."""
+        if self._suite.per_worker == 1:
+            raise _Nothing("each environment has a process of its own (per_worker = 1)")
+        for first, second in zip(self._played, [*self._played[1:], self._played[0]], strict=True):
+            both = [(0, first), (1, second)]
+            answers: dict[int, list[Any]] = {
+                slot: [self._reset(self._pool, slot, played.task, 0)] for slot, played in both
+            }
+            for turn in range(max(len(first.actions), len(second.actions))):
+                for slot, played in both:
+                    if turn < len(played.actions):
+                        answers[slot].append(self._step(self._pool, slot, played.actions[turn]))
+            for slot, played in both:
+                self._compare(played, answers[slot], "beside another environment in the same process")
+        return f"up to {self._suite.per_worker} share a process, and nothing else"
 
     def reset_midway(self) -> str:
         for played in self._played:
-            self._environment.reset(played.task, 0)
+            self._reset(self._pool, 0, played.task, 0)
             if played.actions:
-                self._environment.step(played.actions[0])
-            self._compare(played, [self._environment.reset(played.task, 0)], "by a reset in the middle of an episode")
+                self._step(self._pool, 0, played.actions[0])
+            again = self._reset(self._pool, 0, played.task, 0)
+            self._compare(played, [again], "by a reset in the middle of an episode")
         return "begins anew"
 
     def end(self) -> str:
-        ended = next((p for task in self._tasks if (p := self._until_end(task)).ended), None)
+        ended = next((p for task in self.tasks if (p := self._until_end(task)).ended), None)
         if ended is None:
             raise _Nothing(f"no episode ended within {MOST_TURNS} actions; env.max_turns ends them")
         try:
-            answer = self._environment.step(ended.actions[-1])
+            answer = self._step(self._pool, 0, ended.actions[-1])
         except Exception as refusal:
             return f"after {len(ended.actions)} actions; another step is refused ({type(refusal).__name__})"
         raise Broken(f"a step after the end of {ended.task} answered {answer!r:.100}; let it raise")
 
     def odd_replies(self) -> str:
-        task = self._tasks[0]
-        self._environment.reset(task, 0)
+        task = self.tasks[0]
+        self._reset(self._pool, 0, task, 0)
         for reply in ODD:
-            answer = _checked_step(self._environment.step(reply), reply)
+            try:
+                answer = self._step(self._pool, 0, reply)
+            except Broken:
+                raise
+            except Exception as error:
+                raise Broken(f"raised {type(error).__name__}: {error} for the reply {reply!r:.50}") from error
             if answer[2] or answer[3]:
-                self._environment.reset(task, 0)
+                self._reset(self._pool, 0, task, 0)
         return f"{len(ODD)} of them, up to 100 kB, raise nothing"
 
     def offered_actions(self) -> str:
@@ -218,38 +253,41 @@ class _Probe:
                     if not after[-1].get("valid", True):
                         raise Broken(f"{action!r} is in info['actions'] of {played.task}, and then it is not valid")
         if not offered:
-            raise _Nothing("info has no 'actions'; `empo2 play` and `empo2 warmup` would use them")
+            valid = any(answer[-1].get("valid", True) for played in self._played for answer in played.answers[1:])
+            doubt = "" if valid else "; no action that was tried was valid"
+            raise _Nothing(f"info has no 'actions'; `empo2 play` and `empo2 warmup` would use them{doubt}")
         return f"{offered} taken, all valid"
 
     def worked_examples(self) -> str:
         solved = 0
-        for task in self._tasks:
+        for task in self.tasks:
             example = self._example(task)
             if example is None:
                 continue
-            observation, _ = self._environment.reset(task, 0)
-            result: Any = None
-            for seen, action in example.turns:
-                if seen != observation:
-                    raise Broken(f"the worked example of {task} tells {seen!r:.100}, the episode {observation!r:.100}")
-                result = self._environment.step(action)
-                observation = result[0]
-            if result is None or not result[2] or not result[4].get("success"):
-                raise Broken(f"the worked example of {task} does not end in success: {result!r:.200}")
+            actions = [action for _, action in example.turns]
+            for action in actions:
+                if not action or " ".join(action.split()) != action:
+                    raise Broken(
+                        f"the worked example of {task} does {action!r}; a policy's action is one line, single blanks"
+                    )
+            played = self._do(self._pool, task, actions)
+            for (seen, _), answer in zip(example.turns, played.answers, strict=False):
+                if seen != answer[0]:
+                    raise Broken(f"the worked example of {task} tells {seen!r:.100}, the episode {answer[0]!r:.100}")
+            last = played.answers[-1]
+            if len(played.actions) < len(actions) or not played.ended or not last[-1].get("success"):
+                raise Broken(f"the worked example of {task} does not end in success: {last!r:.200}")
             solved += 1
         if not solved:
             raise _Nothing("the environment has none; set prompt.examples = 0")
-        return f"{solved} of {len(self._tasks)} tasks, each ends in success"
+        return f"{solved} of {len(self.tasks)} tasks, each ends in success"
 
-    def close(self) -> str:
-        self._environment.close()
-        self._environment.close()
-        return "does nothing the second time"
+    def _task(self, name: str, variation: int) -> Task:
+        return Task(environment=self._suite.name, name=name, variation=variation)
 
     def _example(self, task: Task) -> WorkedExample | None:
         if task not in self._examples:
-            solve = getattr(self._environment, "worked_example", lambda _: None)
-            self._examples[task] = solve(task)
+            self._examples[task] = self._pool.worked_example(task)
         return self._examples[task]
 
     def _random_walk(self, task: Task, turns: int) -> _Played:
@@ -261,8 +299,7 @@ class _Probe:
         example = self._example(task)
         known = [action for _, action in example.turns] if example else []
         known = known[: rng.randint(0, min(len(known), turns))]
-        first = _checked_reset(self._environment.reset(task, 0))
-        played = _Played(task, [], [first])
+        played = _Played(task, [], [self._reset(self._pool, 0, task, 0)])
         said = _words(self._suite.instructions())
         while len(played.actions) < turns and not played.ended:
             seen, info = played.answers[-1][0], played.answers[-1][-1]
@@ -272,7 +309,7 @@ class _Probe:
                 words = [*said, *_words(seen)] or ["look"]
                 offered = [" ".join(rng.choices(words, k=rng.randint(1, 3)))]
             played.actions.append(rng.choice(offered))
-            played.answers.append(_checked_step(self._environment.step(played.actions[-1]), played.actions[-1]))
+            played.answers.append(self._step(self._pool, 0, played.actions[-1]))
         return played
 
     def _until_end(self, task: Task) -> _Played:
@@ -280,18 +317,34 @@ class _Probe:
         example = self._example(task)
         if example is None:
             return self._random_walk(task, MOST_TURNS)
-        return self._do(task, [action for _, action in example.turns])
+        return self._do(self._pool, task, [action for _, action in example.turns])
 
-    def _do(self, task: Task, actions: Sequence[str]) -> _Played:
-        played = _Played(task, [], [self._environment.reset(task, 0)])
+    def _do(self, pool: EnvironmentPool, task: Task, actions: Sequence[str]) -> _Played:
+        played = _Played(task, [], [self._reset(pool, 0, task, 0)])
         for action in actions:
             if not played.ended:
                 played.actions.append(action)
-                played.answers.append(self._environment.step(action))
+                played.answers.append(self._step(pool, 0, action))
         return played
 
-    def _replay(self, played: _Played) -> list[Any]:
-        return self._do(played.task, played.actions).answers
+    def _reset(self, pool: EnvironmentPool, slot: int, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
+        pool.start_reset(slot, task, seed)
+        observation, info = pool.receive_reset(slot)
+        _check_info(info, f"a reset of {task}")
+        return observation, info
+
+    def _step(self, pool: EnvironmentPool, slot: int, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        pool.start_step(slot, action)
+        result = pool.receive_step(slot)
+        info, where = dict(result.info), f"{action!r:.50}"
+        _check_info(info, where)
+        if result.terminated and result.truncated:
+            raise Broken(
+                f"after {where} the episode is both terminated (it has ended) and truncated (it is cut off); say one"
+            )
+        if info.get("success") and not (result.terminated or result.truncated):
+            raise Broken(f"info['success'] after {where}, but the episode goes on; success is read at its end")
+        return result.observation, result.reward, result.terminated, result.truncated, info
 
     def _compare(self, played: _Played, answers: Sequence[Any], where: str) -> None:
         for index, (found, expected) in enumerate(zip(answers, played.answers, strict=False)):
@@ -299,7 +352,7 @@ class _Probe:
                 done = played.actions[index - 1] if index else "reset"
                 raise Broken(
                     f"{played.task} answers {done!r} otherwise {where}: {found!r:.200} and before {expected!r:.200}; "
-                    "draw all chance from the task's variation and the seed"
+                    "draw all chance from the task's variation and the seed, and keep nothing outside the environment"
                 )
 
 
@@ -307,31 +360,16 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text)
 
 
-def _checked_reset(answer: Any) -> tuple[str, dict[str, Any]]:
-    observation, info = answer
-    if not isinstance(observation, str) or not isinstance(info, dict):
-        raise Broken(f"reset must return (text, dict); it returned {answer!r:.200}")
-    for key in ("task", "state"):
+def _check_info(info: dict[str, Any], where: str) -> None:
+    """Raise Broken for a key of the contract with a value of another type."""
+    for key in ("task", "state", "offer"):
         if key in info and not isinstance(info[key], str):
-            raise Broken(f"info[{key!r}] must be text; it is {info[key]!r:.100}")
-    return observation, info
-
-
-def _checked_step(answer: Any, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-    observation, reward, terminated, truncated, info = answer
-    flags = {"terminated": terminated, "truncated": truncated}
-    flags |= {f"info[{key!r}]": info[key] for key in ("valid", "success") if key in info}
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise Broken(f"{name} must be True or False; after {action!r:.50} it is {flag!r:.100}")
-    if not isinstance(observation, str) or not isinstance(reward, int | float) or not isinstance(info, dict):
-        raise Broken(f"step must return (text, number, bool, bool, dict); it returned {answer!r:.200}")
-    if terminated and truncated:
-        raise Broken(
-            f"after {action!r:.50} the episode is both terminated (it has ended) and truncated (it is cut off); say one"
-        )
-    if info.get("success") and not terminated:
-        raise Broken(f"info['success'] after {action!r:.50}, but the episode goes on; success is read at its end")
-    if "state" in info and not isinstance(info["state"], str):
-        raise Broken(f"info['state'] must be text; it is {info['state']!r:.100}")
-    return observation, float(reward), terminated, truncated, info
+            raise Broken(f"info[{key!r}] must be text; after {where} it is {info[key]!r:.100}")
+    for key in ("valid", "success"):
+        if key in info and (isinstance(info[key], str) or info[key] not in (True, False)):
+            raise Broken(f"info[{key!r}] must be True or False; after {where} it is {info[key]!r:.100}")
+    actions = info.get("actions")
+    if actions is not None and not (
+        isinstance(actions, list | tuple) and all(isinstance(action, str) for action in actions)
+    ):
+        raise Broken(f"info['actions'] must be a list or tuple of texts; after {where} it is {actions!r:.100}")

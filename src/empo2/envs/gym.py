@@ -4,6 +4,9 @@
 """
 
 import importlib.util
+import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +34,7 @@ class GymnasiumEnvironment:
             raise ConfigError(f"gymnasium cannot make {suite.id!r} of {suite.kwargs}: {error}") from None
         self._suite = suite
         self._names = action_names(self._inside.action_space, suite.actions)
+        self._enough = math.inf if suite.success_score is None else suite.success_score
         self._over = True
         self._closed = False
 
@@ -38,24 +42,26 @@ class GymnasiumEnvironment:
         """Begin the task's episode; ``seed`` changes nothing, as gymnasium has one seed for world and dice."""
         observation, _ = self._inside.reset(seed=task.variation)
         self._over, self._score = False, 0.0
-        seen = self._seen = self._text(observation)
-        return seen, {"state": seen, "task": self._suite.task, **self._offered()}
+        seen, self._state = self._text(observation), written(observation)
+        self._seen = seen
+        return seen, {"state": self._state, "task": self._suite.task, **self._offered()}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self._over:
             raise RuntimeError("step() after the episode ended; call reset() first")
         chosen = read_action(self._inside.action_space, action, self._names)
         if chosen is None:
-            unknown = {"state": self._seen, "valid": False, "success": False, **self._offered()}
+            unknown = {"state": self._state, "valid": False, "success": False, **self._offered()}
             return f"No such action.\n{self._seen}", 0.0, False, False, unknown
         observation, gained, terminated, truncated, info = self._inside.step(chosen)
         reward = float(gained)
         self._score += reward
-        seen = self._seen = self._text(observation)
+        seen, self._state = self._text(observation), written(observation)
+        self._seen = seen
         terminated, truncated = bool(terminated), bool(truncated) and not terminated
         self._over = terminated or truncated
-        success = info.get("success", info.get("is_success", terminated and self._score >= self._suite.success_score))
-        told = {"state": seen, "valid": True, "success": bool(success), **self._offered()}
+        success = terminated and bool(info.get("success", info.get("is_success", self._score >= self._enough)))
+        told = {"state": self._state, "valid": True, "success": success, **self._offered()}
         return seen, reward, terminated, truncated, told
 
     def close(self) -> None:
@@ -69,7 +75,30 @@ class GymnasiumEnvironment:
     def _text(self, observation: Any) -> str:
         if self._suite.observation == "render":
             observation = self._inside.render()
-        return observation.strip() if isinstance(observation, str) else str(observation)
+            if not isinstance(observation, str):
+                raise ConfigError(
+                    f"render() of {self._suite.id} gives no text but {type(observation).__name__}; set kwargs = "
+                    "{ render_mode = 'ansi' } in env.options, or observation = 'observation'"
+                )
+        return written(observation)
+
+
+def written(observation: Any) -> str:
+    """An observation as text, whole; what a terminal would show in colour stands in brackets."""
+    if isinstance(observation, str):
+        marked = re.sub(r"\x1b\[[0-9;]*m(.*?)\x1b\[0m", r"[\1]", observation, flags=re.DOTALL)
+        return marked.strip()
+    with numpy.printoptions(threshold=sys.maxsize):
+        return str(_plain(observation))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples, lists and mappings with Python's own numbers in them, which print without their types."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_plain(item) for item in value) if type(value) in (tuple, list) else str(value)
+    return value.item() if isinstance(value, numpy.generic) else value
 
 
 def action_names(space: Any, given: Sequence[str]) -> tuple[str, ...]:
@@ -123,7 +152,7 @@ class GymnasiumSuite:
     task: str = ""  #: the task's text, in the first turn
     instructions_text: str = "Reply with one action and nothing else."
     observation: str = "observation"  #: or "render": the text of `render()`, with kwargs = {render_mode = "ansi"}
-    success_score: float = 1.0  #: of an ended episode, from which it counts as solved, where `info` doesn't say so
+    success_score: float | None = None  #: from which an episode that terminates is solved, where `info` doesn't say
     name: str = "gymnasium"
     per_worker: int = 64
 
@@ -138,10 +167,12 @@ class GymnasiumSuite:
         return self.instructions_text + listed
 
     def check(self) -> None:
+        """Raise ConfigError, too, for an environment that cannot be made."""
         if importlib.util.find_spec("gymnasium") is None:
             raise MissingPart("gymnasium is not installed; run: pip install 'empo2[gymnasium]'")
         if self.observation not in ("observation", "render"):
             raise ConfigError(f"observation = {self.observation!r} in env.options is neither observation nor render")
+        self.open().close()
 
     def open(self) -> GymnasiumEnvironment:
         return GymnasiumEnvironment(self)

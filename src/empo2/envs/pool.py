@@ -33,7 +33,14 @@ CLOSE_S = 5.0  #: seconds that workers have to end by themselves before `close` 
 ORPHAN_S = 2.0  #: the same for workers whose parent was killed
 
 _SHAPES = {"reset": "(observation, info)", "step": "(observation, reward, terminated, truncated, info)"}
-_CONTRACT_KEYS = ("state", "valid", "success", "task")  #: of `info`; other keys may differ in a replay (times, say)
+_CONTRACT_KEYS = (
+    "state",
+    "valid",
+    "success",
+    "task",
+    "actions",
+    "offer",
+)  #: of `info`; other keys may differ in a replay (times, say)
 
 
 def _serve(connection: Connection, suite: Suite) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from empo2.envs.base import SPLITS, Split
+from empo2.errors import ConfigError
 from empo2.types import Environment, Task
 
 
@@ -24,6 +25,10 @@ class SimpleSuite:
     dev: int = 100
     test: int = 100
     per_worker: int = 64
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):
+            raise ConfigError(f"tasks = {self.tasks!r} of {self.name} must be several names: write ({self.tasks!r},)")
 
     def task_names(self) -> tuple[str, ...]:
         return self.tasks
