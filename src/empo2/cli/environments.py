@@ -1,12 +1,13 @@
 """`empo2 envs`, `empo2 check-env`, `empo2 play`: look at environments, try their contract, play them."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empo2 import config
 from empo2.cli.common import Commands, add_settings, chosen_settings, fetch_missing, quiet_libraries
-from empo2.cli.evaluate import last_checkpoint, positive, recipe_of
+from empo2.cli.evaluate import last_checkpoint, positive, recipe_of, take_over_memory
 from empo2.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -118,21 +119,19 @@ def _watch(parsed: argparse.Namespace) -> int:
     from empo2.evaluate import run_episodes
     from empo2.play import told
     from empo2.run import RunFolder
-    from empo2.store import copy_into
 
     quiet_libraries()
     positive("--episodes", parsed.episodes)
     run = RunFolder.open(Path(parsed.subject))
     checkpoint = last_checkpoint(run)
     recipe = recipe_of(parsed, run, checkpoint)
-    recipe = config.from_dict(config.with_overrides(config.to_dict(recipe), [("env.live", 1)]))
+    recipe = replace(recipe, env=replace(recipe.env, live=1))
     preflight(recipe)
     fetch_missing(recipe, print)
     parts = assemble(recipe, ":memory:", with_learner=False)
     try:
         if with_memory := parsed.memory == "run":
-            copy_into(parts.connection, run.store)
-            parts.memory.rewind(checkpoint.step)
+            take_over_memory(parts, run, checkpoint)
         task = parts.train_tasks[0]
         if parsed.task or parsed.variation is not None:
             task = _task(parsed, parts.suite, parsed.task or task.name)

@@ -12,6 +12,7 @@ from empo2.config import Config
 from empo2.errors import UsageError
 
 if TYPE_CHECKING:
+    from empo2.assemble import Parts
     from empo2.run import Checkpoint, RunFolder
 
 
@@ -38,7 +39,6 @@ def execute(parsed: argparse.Namespace) -> int:
     from empo2.envs.base import about
     from empo2.evaluate import evaluate_split
     from empo2.run import RunFolder
-    from empo2.store import copy_into
 
     quiet_libraries()
     positive("--episodes", parsed.episodes)
@@ -53,8 +53,7 @@ def execute(parsed: argparse.Namespace) -> int:
     parts = assemble(recipe, ":memory:", with_learner=False)
     try:
         if parsed.memory == "run" and run and checkpoint:
-            copy_into(parts.connection, run.store)
-            parts.memory.rewind(checkpoint.step)  # tips that this checkpoint's policy could have seen
+            take_over_memory(parts, run, checkpoint)
         result = evaluate_split(
             parts,
             recipe,
@@ -68,6 +67,14 @@ def execute(parsed: argparse.Namespace) -> int:
     told = {"model": recipe.model.path, "environment": {"name": recipe.env.name, **about(parts.suite)}}
     print_evaluation({**told, **result}, as_json=parsed.json)
     return 0
+
+
+def take_over_memory(parts: "Parts", run: "RunFolder", checkpoint: "Checkpoint") -> None:
+    """The run's tips, as far as this checkpoint's policy could have seen them."""
+    from empo2.store import copy_into
+
+    copy_into(parts.connection, run.store)
+    parts.memory.rewind(checkpoint.step)
 
 
 def last_checkpoint(run: "RunFolder") -> "Checkpoint":

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 
 from empo2.envs.base import Split
+from empo2.envs.simple import Guarded
 from empo2.errors import ConfigError, MissingPart
 from empo2.types import Task
 
@@ -35,23 +36,19 @@ class GymnasiumEnvironment:
         self._suite = suite
         self._names = action_names(self._inside.action_space, suite.actions)
         self._enough = math.inf if suite.success_score is None else suite.success_score
-        self._over = True
-        self._closed = False
 
     def reset(self, task: Task, seed: int) -> tuple[str, dict[str, Any]]:
         """Begin the task's episode; ``seed`` changes nothing, as gymnasium has one seed for world and dice."""
         observation, _ = self._inside.reset(seed=task.variation)
-        self._over, self._score = False, 0.0
+        self._score = 0.0
         seen, self._state = self._text(observation), written(observation)
         self._seen = seen
-        return seen, {"state": self._state, "task": self._suite.task, **self._offered()}
+        return seen, {"state": self._state, "task": self._suite.task, **self._offered(over=False)}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        if self._over:
-            raise RuntimeError("step() after the episode ended; call reset() first")
         chosen = read_action(self._inside.action_space, action, self._names)
         if chosen is None:
-            unknown = {"state": self._state, "valid": False, "success": False, **self._offered()}
+            unknown = {"state": self._state, "valid": False, "success": False, **self._offered(over=False)}
             return f"No such action.\n{self._seen}", 0.0, False, False, unknown
         observation, gained, terminated, truncated, info = self._inside.step(chosen)
         reward = float(gained)
@@ -59,18 +56,15 @@ class GymnasiumEnvironment:
         seen, self._state = self._text(observation), written(observation)
         self._seen = seen
         terminated, truncated = bool(terminated), bool(truncated) and not terminated
-        self._over = terminated or truncated
         success = terminated and bool(info.get("success", info.get("is_success", self._score >= self._enough)))
-        told = {"state": self._state, "valid": True, "success": success, **self._offered()}
+        told = {"state": self._state, "valid": True, "success": success, **self._offered(over=terminated or truncated)}
         return seen, reward, terminated, truncated, told
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._inside.close()
+        self._inside.close()
 
-    def _offered(self) -> dict[str, Any]:
-        return {"actions": () if self._over else self._names} if self._names else {}
+    def _offered(self, *, over: bool) -> dict[str, Any]:
+        return {"actions": () if over else self._names} if self._names else {}
 
     def _text(self, observation: Any) -> str:
         if self._suite.observation == "render":
@@ -174,5 +168,5 @@ class GymnasiumSuite:
             raise ConfigError(f"observation = {self.observation!r} in env.options is neither observation nor render")
         self.open().close()
 
-    def open(self) -> GymnasiumEnvironment:
-        return GymnasiumEnvironment(self)
+    def open(self) -> Guarded:
+        return Guarded(GymnasiumEnvironment(self))
