@@ -5,6 +5,7 @@ import random
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,17 @@ def _verdict(what: str, check: Callable[[], str]) -> Verdict:
         return Verdict(what, False, f"raised {type(error).__name__}: {error} ({at}){notes and chr(10)}{notes}")
 
 
+@contextmanager
+def _during(told: str) -> Iterator[None]:
+    """Within, an exception of the environment's own code is told with what was tried."""
+    try:
+        yield
+    except (Broken, UsageError):
+        raise
+    except Exception as error:
+        raise Broken(f"{told} {type(error).__name__}: {error}") from error
+
+
 def _suite(suite: Suite) -> str:
     names = suite.task_names()
     if not names or len(set(names)) < len(names):
@@ -166,15 +178,8 @@ class _Probe:
                 variations = self._suite.variations(name, split)
                 for variation in dict.fromkeys((*variations[:1], *variations[-1:])):
                     task = self._task(name, variation)
-                    try:
+                    with _during(f"{task} of the {split} split cannot be begun with seed {LARGEST_SEED}:"):
                         self._reset(self._pool, 0, task, LARGEST_SEED)
-                    except Broken:
-                        raise
-                    except Exception as error:
-                        raise Broken(
-                            f"{task} of the {split} split cannot be begun with seed {LARGEST_SEED}: "
-                            f"{type(error).__name__}: {error}"
-                        ) from error
                     tried += 1
         return f"{tried} variations, the first and last of each, begin with the largest seed"
 
@@ -234,12 +239,8 @@ class _Probe:
         task = self.tasks[0]
         self._reset(self._pool, 0, task, 0)
         for reply in ODD:
-            try:
+            with _during(f"the reply {reply!r:.50} raised"):
                 answer = self._step(self._pool, 0, reply)
-            except Broken:
-                raise
-            except Exception as error:
-                raise Broken(f"raised {type(error).__name__}: {error} for the reply {reply!r:.50}") from error
             if answer[2] or answer[3]:
                 self._reset(self._pool, 0, task, 0)
         return f"{len(ODD)} of them, up to 100 kB, raise nothing"
