@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from statistics import median
@@ -40,62 +40,47 @@ def scienceworld() -> None:
 
     with redirect_stdout(StringIO()):  # it says that it starts
         stock = ScienceWorldEnv("", envStepLimit=10_000)
-    ours = suite("scienceworld").open()
-    tasks = [Task(environment="scienceworld", name=name, variation=0) for name in ("find-plant", "boil", "melt")]
-    actions = {task: [action for _, action in ours.worked_example(task).turns] for task in tasks}  # type: ignore[attr-defined]
 
-    def stocks(task: Task) -> Iterator[Callable[[], Any]]:
+    def begin(task: Task) -> None:
         stock.load(task.name, task.variation, "easy", generateGoldPath=False)
         stock.reset()
-        yield from (lambda action=action: stock.step(action) for action in actions[task])
 
-    def own(task: Task) -> Iterator[Callable[[], Any]]:
-        ours.reset(task, 0)
-        yield from (lambda action=action: ours.step(action) for action in actions[task])
-
-    beside("ScienceWorld", {"ours": own, "stock": stocks}, tasks)
-    stock.close()
-    ours.close()
+    beside("ScienceWorld", stock, begin, [Task("scienceworld", name, 0) for name in ("find-plant", "boil", "melt")])
 
 
 def textworld_express() -> None:
     from textworld_express import TextWorldExpressEnv
 
     stock = TextWorldExpressEnv(envStepLimit=10_000)
-    ours = suite("textworld-express").open()
-    tasks = [Task(environment="textworld-express", name="coin-11", variation=v) for v in range(20)]
-    actions = {task: [action for _, action in ours.worked_example(task).turns] for task in tasks}  # type: ignore[attr-defined]
 
-    def stocks(task: Task) -> Iterator[Callable[[], Any]]:
+    def begin(task: Task) -> None:
         settings = "numLocations=11,numDistractorItems=0,includeDoors=0,limitInventorySize=0"
         stock.load(gameName="coin", gameParams=settings)
         stock.reset(seed=task.variation, gameFold="train")
-        yield from (lambda action=action: stock.step(action) for action in actions[task])
 
-    def own(task: Task) -> Iterator[Callable[[], Any]]:
-        ours.reset(task, 0)
-        yield from (lambda action=action: ours.step(action) for action in actions[task])
+    beside("TextWorld-Express", stock, begin, [Task("textworld-express", "coin-11", seed) for seed in range(20)])
 
-    beside("TextWorld-Express, coin-11", {"ours": own, "stock": stocks}, tasks)
+
+def beside(name: str, stock: Any, begin: Callable[[Task], None], tasks: list[Task]) -> None:
+    """Steps a second of our class and the stock one in the worked examples, by turns; resets are not timed."""
+    ours: Any = suite(tasks[0].environment).open()
+    actions = {task: [action for _, action in ours.worked_example(task).turns] for task in tasks}
+    players = ((ours, lambda task: ours.reset(task, 0)), (stock, begin))
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for (player, reset), rates in zip(players, found, strict=True):
+            seconds = 0.0
+            for task in tasks:
+                reset(task)
+                started = time.perf_counter()
+                for action in actions[task]:
+                    player.step(action)
+                seconds += time.perf_counter() - started
+            rates.append(sum(map(len, actions.values())) / seconds)
+    mine, theirs = map(median, found)
+    print(f"{name}: {mine:.0f} steps/s, the stock class {theirs:.0f}: {mine / theirs:.1f} times", flush=True)
     stock.close()
     ours.close()
-
-
-def beside(name: str, players: dict[str, Callable[[Task], Iterator[Callable[[], Any]]]], tasks: list[Task]) -> None:
-    """Steps a second of each player on all tasks, by turns; resets are not timed."""
-    found: dict[str, list[float]] = {player: [] for player in players}
-    for _ in range(ROUNDS):
-        for player, play in players.items():
-            seconds, steps = 0.0, 0
-            for task in tasks:
-                for step in play(task):
-                    started = time.perf_counter()
-                    step()
-                    seconds += time.perf_counter() - started
-                    steps += 1
-            found[player].append(steps / seconds)
-    ours, stock = median(found["ours"]), median(found["stock"])
-    print(f"{name}: {ours:.0f} steps/s, the stock class {stock:.0f}: {ours / stock:.1f} times", flush=True)
 
 
 def webshop(catalogue: str) -> None:

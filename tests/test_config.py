@@ -48,6 +48,8 @@ def test_text_from_a_command_line_is_read_as_the_fields_type():
         ({"learner": {"lr": "fast"}}, ["learner.lr", "a number"]),
         ({"learner": {"lr": float("nan")}}, ["learner.lr", "finite"]),
         ({"learner": {"lr": -1.0}}, ["learner.lr", "at least 0"]),
+        ({"env": {"num_products": -1}}, ["env.num_products", "at least 0", "got -1"]),
+        ({"env": {"limit_goals": -1}}, ["env.limit_goals", "at least 0", "got -1"]),
         ({"env": {"tasks": []}}, ["env.tasks", "at least one"]),
         ({"loss": {"dual_clip": 1.0}}, ["dual_clip", "above 1"]),
         ({"memory": {"threshold": 2}}, ["memory.threshold", "-1…1"]),

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,10 +263,34 @@ def test_no_limit_where_fewer_than_two_lie_above():
     assert rng.getstate() == before
 
 
-def test_a_session_without_a_number_draws_one_too_high():
-    weights = [1.0, 0.0, 5.0]
-    found = {goals.drawn(weights, random.Random(seed)) for seed in range(200)}
+def test_limited_goals_are_drawn_one_too_high():
+    found = {goals.limited([1.0, 0.0, 5.0], 1, random.Random(seed))[0] for seed in range(200)}
     assert found == {1, 2}
+
+
+def test_more_goals_than_can_be_drawn():
+    assert sorted(goals.limited([1.0, 0.0, 5.0, 0.0], 2, random.Random(0))) == [1, 3]
+    with pytest.raises(UsageError, match=r"only 2 of 4 goals can be drawn, not 3; set env\.limit_goals"):
+        goals.limited([1.0, 0.0, 5.0, 0.0], 3, random.Random(0))
+
+
+def test_limited_goals_are_the_originals(listed):
+    """Written anew from the rules: reseeded with 233, shuffled, then drawn by weights until there are enough."""
+    every = Catalogue(in_memory(listed), seed=1)
+    counts = Counter(name for goal in every.goals for name in goal.attributes)
+    weights = [sum(1 / counts[name] for name in goal.attributes) / len(goal.attributes) for goal in every.goals]
+    rng = random.Random(233)
+    rng.shuffle(list(range(len(weights))))
+    sums = [sum(weights[:end]) for end in range(len(weights) + 1)]
+    wanted: list[int] = []
+    while len(wanted) < 3:
+        drawn = rng.uniform(0, sums[-1])
+        at = min(sum(value <= drawn for value in sums), len(sums) - 2)
+        if at not in wanted:
+            wanted.append(at)
+    limited = Catalogue(in_memory(listed), seed=1, limit_goals=3)
+    assert list(limited.goals) == [every.goals[goal] for goal in wanted]
+    assert len(Catalogue(in_memory(listed), seed=1, limit_goals=len(weights)).goals) == len(weights)
 
 
 def test_weights_of_goals():

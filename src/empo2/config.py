@@ -84,6 +84,8 @@ class EnvConfig:
     as one, so that some goals cannot be reached by any purchase."""
     show_attributes: bool = False
     """WebShop: items have a sub-page with their attributes, which the original has as an option, off by default."""
+    limit_goals: int = 0
+    """WebShop: only so many of the goals, drawn by their weights as the original's `limit_goals` does; 0: all."""
     reward_scale: float = 0.01
     """Factor from the environment's reward to the learning signal (ScienceWorld's scores reach 100)."""
 
@@ -397,7 +399,8 @@ def _rules(config: Config) -> Iterator[_Rule]:
 _SMALLEST: dict[str, float] = {
     "train.steps": 1, "train.threads": 0, "train.checkpoint_every": 1, "train.keep_checkpoints": 1,
     "model.max_tokens": 32, "env.max_turns": 1, "env.live": 1, "env.num_variations": 1, "env.call_timeout_s": 0.01,
-    "env.reward_scale": 0, "prompt.examples": 0, "prompt.window_turns": 1, "prompt.max_example_turns": 1,
+    "env.reward_scale": 0, "env.num_products": 0, "env.limit_goals": 0,
+    "prompt.examples": 0, "prompt.window_turns": 1, "prompt.max_example_turns": 1,
     "collect.groups_per_step": 1, "collect.temperature": 0, "collect.max_action_tokens": 1,
     "memory.k": 1, "memory.max_entries": 1, "memory.tip_tokens": 1, "memory.max_tip_tokens": 0,
     "memory.tip_temperature": 0, "novelty.coefficient": 0, "advantage.std_floor": 0, "advantage.invalid_penalty": 0,

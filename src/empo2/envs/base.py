@@ -162,6 +162,7 @@ def suite_of(env: EnvConfig) -> Suite:
             "page": env.page,
             "fixed_reward": env.fixed_reward,
             "show_attributes": env.show_attributes,
+            "limit_goals": env.limit_goals,
         },
         "textworld-express": {"observation": env.observation, "tasks": env.tasks},
     }

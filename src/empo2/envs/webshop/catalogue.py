@@ -83,14 +83,19 @@ def in_memory(products: Sequence[Product]) -> Indexed:
 
 
 class Catalogue:
-    """``products`` in the files' order; ``goals``: goal i is the benchmark's session i."""
+    """``products`` in the files' order; ``goals``: goal i is the benchmark's session i.
 
-    def __init__(self, parts: Indexed, *, seed: int, human: bool = False, fixed: bool = False) -> None:
+    ``limit_goals``: only so many of the goals, drawn as the original does; 0: all.
+    """
+
+    def __init__(
+        self, parts: Indexed, *, seed: int, human: bool = False, fixed: bool = False, limit_goals: int = 0
+    ) -> None:
         rng = random.Random(seed)
         self.products, self._parts, self._fixed = parts.products, parts, fixed
         both = zip(parts.listing.low.tolist(), parts.listing.high.tolist(), strict=True)
         self.prices = [goals.draw_price((low,) if high != high else (low, high), rng) for low, high in both]
-        self.goals = Goals(parts, self.prices, rng, human=human)
+        self.goals = Goals(parts, self.prices, rng, human=human, limit=limit_goals)
 
     def hits(self, text: str, rng: random.Random) -> list[int]:
         """The places of what a search finds, best first. First words `<r>`, `<q>` and `<c>` ask for 50 at random, for
@@ -114,7 +119,9 @@ class Catalogue:
 class Goals(Sequence[Goal]):
     """Made when they are asked for: of a product's millions of option combinations few are ever played."""
 
-    def __init__(self, parts: Indexed, prices: Sequence[float], rng: random.Random, *, human: bool) -> None:
+    def __init__(
+        self, parts: Indexed, prices: Sequence[float], rng: random.Random, *, human: bool, limit: int = 0
+    ) -> None:
         self._products, self._make = parts.products, goals.human if human else goals.synthetic
         listing = parts.listing
         #: per limit drawn, the place of its product and where its goals begin in the order in which they are made
@@ -131,14 +138,23 @@ class Goals(Sequence[Goal]):
                 self._limits.append(goals.draw_limit(prices[place], rng))
                 self._first.append(number)
                 made += 1 if human else counts[place]
-        self._order = goals.order(made)
+        rng = random.Random(goals.ORDER_SEED)
+        self._order = goals.order(made, rng)
+        if 0 < limit < made:
+            of_product = np.ones(len(prices)) if human else listing.weight
+            weights = [float(of_product[self._places[self._drawn(goal)]]) for goal in self._order]
+            self._order = [self._order[goal] for goal in goals.limited(weights, limit, rng)]
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, index: int) -> Goal:  # type: ignore[override]
         made = self._order[index]
-        drawn = bisect.bisect_right(self._starts, made) - 1
+        drawn = self._drawn(made)
         number = self._first[drawn] + made - self._starts[drawn]
         place = self._places[drawn]
         return self._make(self._products[place], place, self._limits[drawn], number)
+
+    def _drawn(self, made: int) -> int:
+        """Which of the limits drawn is that of a goal, counted in the order in which they are made."""
+        return bisect.bisect_right(self._starts, made) - 1

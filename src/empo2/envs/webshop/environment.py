@@ -33,6 +33,7 @@ class WebShopSuite:
     page: Form = "text"
     fixed_reward: bool = False
     show_attributes: bool = False
+    limit_goals: int = 0  #: only so many goals, drawn by their weights; 0: all
     name: str = "webshop"
     per_worker: int = 64
 
@@ -137,7 +138,7 @@ _NO_BRACKETS = str.maketrans("[]\n\r", "    ")
 def _goods(suite: WebShopSuite, human: bool) -> Catalogue:
     installed.check()
     parts, _ = _kept(suite.catalogue, suite.num_products, suite.seed)
-    return Catalogue(parts, seed=suite.seed, human=human, fixed=suite.fixed_reward)
+    return Catalogue(parts, seed=suite.seed, human=human, fixed=suite.fixed_reward, limit_goals=suite.limit_goals)
 
 
 @lru_cache(maxsize=2)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from empo2.envs.webshop.products import HumanInstruction, Product
+from empo2.errors import UsageError
 
 LIMITS = tuple(10.0 * tens for tens in range(1, 100))  #: prices that a limit can be
 CONSIDERED = 4  #: limits above the price of which two are drawn
@@ -65,10 +66,10 @@ def human(product: Product, place: int, limit: float, number: int) -> Goal:
     return Goal(place, f"{written.text.strip('.')}{_price_text(limit)}", written.attributes, limit, written.options)
 
 
-def order(num_goals: int) -> list[int]:
-    """Which goal, in the order in which they were made, is goal 0, 1, …"""
+def order(num_goals: int, rng: random.Random) -> list[int]:
+    """Which goal, in the order in which they were made, is goal 0, 1, …; ``rng`` as `ORDER_SEED` leaves it."""
     places = list(range(num_goals))
-    random.Random(ORDER_SEED).shuffle(places)
+    rng.shuffle(places)
     return places
 
 
@@ -84,13 +85,21 @@ def weights(attributes: Sequence[Sequence[str]], counts: Sequence[int]) -> list[
     ]
 
 
-def drawn(weights: Sequence[float], rng: random.Random) -> int:
-    """A goal as the original draws it for a session without a number.
+def limited(weights: Sequence[float], count: int, rng: random.Random) -> list[int]:
+    """``count`` different goals, drawn by their weights as the original's `limit_goals` does.
 
     Its index is one too high: goal 0 is never drawn, goal i has the weight of goal i − 1, the last one that of two.
+    Raises UsageError where fewer can be drawn.
     """
     cumulative = [0.0, *itertools.accumulate(weights)]
-    return min(bisect.bisect_right(cumulative, rng.uniform(0, cumulative[-1])), len(cumulative) - 2)
+    last = len(weights) - 1
+    can_be_drawn = sum(low < high for low, high in itertools.pairwise([*cumulative[:last], cumulative[-1]]))
+    if count > can_be_drawn:
+        raise UsageError(f"only {can_be_drawn} of {len(weights)} goals can be drawn, not {count}; set env.limit_goals")
+    found: dict[int, None] = {}  # in the order in which they were drawn
+    while len(found) < count:
+        found[min(bisect.bisect_right(cumulative, rng.uniform(0, cumulative[-1])), last)] = None
+    return list(found)
 
 
 def _price_text(limit: float) -> str:
