@@ -153,6 +153,21 @@ def test_products_as_the_original_reads_them(listed):
     assert (third.prices, third.price_tag) == ((1299.0,), "$1299.0")
 
 
+@pytest.mark.parametrize(
+    ("pricing", "prices", "tag"),
+    [
+        ("$1,299.00", (1299.0,), "$1299.0"),
+        ("was $5 now $4.50 or $3", (5.0, 4.5), "$5.0 to $4.5"),
+        ("12$7", (7.0,), "$7.0"),
+        ("", (100.0,), "$100.0"),
+        ("$٣.٥", (3.5,), "$3.5"),
+    ],
+)
+def test_prices(tmp_path, pricing, prices, tag):
+    (product,) = products.read_products(write(tmp_path, [entry("B01", pricing=pricing)], {"B01": {}}, {}))
+    assert (product.prices, product.price_tag) == (prices, tag)
+
+
 def test_a_product_without_instructions_has_a_dummy_attribute(tmp_path):
     (product,) = products.read_products(write(tmp_path, [entry("B09")], {}, {}))
     assert (product.attributes, product.instruction, product.human) == (("DUMMY_ATTR",), None, ())
@@ -851,7 +866,7 @@ def test_the_environment(folder):
         environment.step("search[x]")
     observation, info = environment.reset(Task(environment="webshop", name="synthetic", variation=0), 0)
     assert (observation, info["actions"]) == ("WebShop [SEP] Search", ())
-    assert info["offer"] == "You can:\nsearch[words]"
+    assert "offer" not in info
     assert info["task"].startswith("Find me")
     _, reward, terminated, truncated, info = environment.step("search[oak coffee table]")
     assert (reward, terminated, truncated, info["valid"]) == (0.0, False, False, True)
@@ -868,6 +883,16 @@ def test_the_environment(folder):
         environment.step("search[x]")
     environment.close()
     environment.close()
+
+
+@pytest.mark.parametrize("page", ["text", "text_rich"])
+def test_the_search_bar_is_offered_in_the_originals_forms(folder, page):
+    environment = WebShopSuite(catalogue=str(folder), page=page).open()
+    _, info = environment.reset(Task(environment="webshop", name="synthetic", variation=0), 0)
+    assert (info["actions"], info["offer"]) == ((), "You can:\nsearch[words]")
+    assert "offer" not in environment.step("search[oak coffee table]")[4]
+    environment.step("click[b04]")
+    assert "offer" not in environment.step("click[buy now]")[4]
 
 
 WORDED = st.text(max_size=30) | st.sampled_from(

@@ -126,8 +126,9 @@ class WebShopEnvironment:
         """The state leaves out the instruction, which is the task's, and what was earned."""
         assert self._visit is not None
         told: dict[str, Any] = {"state": self._visit.page.read("short"), "actions": self._visit.possible()}
-        if self._visit.bought is None and not told["actions"]:
-            told["offer"] = "You can:\nsearch[words]"  # where the search bar stands, nothing can be clicked
+        if self._visit.bought is None and not told["actions"] and self._suite.page != "short":
+            # Where the search bar stands, nothing can be clicked. Small models, for which `short` is, copy this line.
+            told["offer"] = "You can:\nsearch[words]"
         return told
 
 

@@ -134,7 +134,7 @@ def _prices(entry: Entry) -> tuple[tuple[float, ...], str]:
     if not entry.has("pricing") or not (pricing := entry.text("pricing")):
         return (NO_PRICE,), f"${NO_PRICE}"
     try:
-        prices = [float("".join(c for c in part if c in "0123456789.")) for part in pricing.split("$")[1:]][:2]
+        prices = [float("".join(c for c in part if c == "." or c.isdecimal())) for part in pricing.split("$")[1:]][:2]
     except ValueError:
         prices = []
     if not prices:
