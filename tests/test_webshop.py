@@ -404,6 +404,8 @@ def test_previous_comes_back_to_the_page_of_results(listed):
     made.act(f"click[{asin}]")
     made.act("click[< prev]")
     assert "Page 3 (Total results: 27)" in made.page.read("text")
+    made.act("click[< prev]")
+    assert "Page 2 (Total results: 27)" in made.page.read("text")
 
 
 def _copy(product, asin):
@@ -595,6 +597,23 @@ def test_an_attribute_may_stand_in_a_text_of_the_product(shop):
     assert shop.reward(goal_of(shop, 3, attributes=("velvet",)), 3, []).attributes == 0.0
 
 
+def test_bullets_are_joined_by_a_blank(listed):
+    two = [replace(listed[3], bullets=("Set of two", "Chairs not included"))]
+    shop = Catalogue(in_memory(two), seed=1)
+    assert shop.reward(goal_of(shop, 0, attributes=("two chairs",)), 0, []).attributes == 1.0
+    assert shop.reward(goal_of(shop, 0, attributes=("twochairs",)), 0, []).attributes == 0.0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "score", "hit"),
+    [("bcbbbacdcabbab", 86, 1.0), ("abadbcabaaaca", 85, 0.0)],
+)
+def test_a_hit_is_a_score_above_85(shop, chosen, score, hit):
+    asked = {86: "bcbbbacdaabbaa", 85: "abaddcabaaaba"}[score]
+    assert fuzzy(asked, chosen) == score
+    assert shop.reward(goal_of(shop, 0, options=(asked,)), 0, [chosen]).options == hit
+
+
 def test_no_options_asked_for(shop):
     assert shop.reward(goal_of(shop, 3), 3, ["anything"]).options is None
 
@@ -611,7 +630,15 @@ def test_the_quirk_of_colours_and_its_repair(shop, listed):
 
 @pytest.mark.parametrize(
     ("one", "other", "score"),
-    [("Solid Wood", "wood, solid!", 100), ("a b", "a b c", 100), ("", "a", 0), ("wood", "steel", 0), ("é", "e", 0)],
+    [
+        ("Solid Wood", "wood, solid!", 100),
+        ("a b", "a b c", 100),
+        ("", "a", 0),
+        ("wood", "steel", 0),
+        ("é", "e", 0),
+        ("naïve", "nave", 100),
+        ("a_b", "a b", 100),
+    ],
 )
 def test_fuzzy_scores(one, other, score):
     assert fuzzy(one, other) == score

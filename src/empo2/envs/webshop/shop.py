@@ -94,7 +94,6 @@ class Visit:
         self._search_again()
 
     def _buy(self) -> None:
-        self._on = "done"
         self.bought = self._catalogue.reward(self._goal, self._product, self._chosen.values())
         self.page = pages.done_page(self._seen().asin, self._chosen, self.bought.total)
 
