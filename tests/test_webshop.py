@@ -147,7 +147,7 @@ def test_products_as_the_original_reads_them(listed):
     assert first.options == {"color": ("light blue", "black | white"), "size": ("s", "m")}
     assert (first.prices, first.price_tag, first.query) == ((20.0, 30.5), "$20.0 to $30.5", "coffee tables")
     assert (second.prices, second.price_tag, second.bullets, second.title) == ((100.0,), "$100.0", ("",), "")
-    assert (second.instruction, second.attributes) == (None, ("soft",))
+    assert (second.instruction, second.attributes, goals.num_synthetic(second)) == (None, ("soft",), 0)
     assert third.options == {"colour": ("blue",), "a": ("same", "é", 'say "so"'), "b": ("same",)}
     assert list(third.options) == ["colour", "a", "b"]
     assert (third.prices, third.price_tag) == ((1299.0,), "$1299.0")
