@@ -45,7 +45,8 @@ def scienceworld() -> None:
         stock.load(task.name, task.variation, "easy", generateGoldPath=False)
         stock.reset()
 
-    beside("ScienceWorld", stock, begin, [Task("scienceworld", name, 0) for name in ("find-plant", "boil", "melt")])
+    tasks = [Task(environment="scienceworld", name=name, variation=0) for name in ("find-plant", "boil", "melt")]
+    beside("ScienceWorld", stock, begin, tasks)
 
 
 def textworld_express() -> None:
@@ -58,7 +59,8 @@ def textworld_express() -> None:
         stock.load(gameName="coin", gameParams=settings)
         stock.reset(seed=task.variation, gameFold="train")
 
-    beside("TextWorld-Express", stock, begin, [Task("textworld-express", "coin-11", seed) for seed in range(20)])
+    tasks = [Task(environment="textworld-express", name="coin-11", variation=seed) for seed in range(20)]
+    beside("TextWorld-Express", stock, begin, tasks)
 
 
 def beside(name: str, stock: Any, begin: Callable[[Task], None], tasks: list[Task]) -> None:
@@ -85,7 +87,7 @@ def beside(name: str, stock: Any, begin: Callable[[Task], None], tasks: list[Tas
 
 def webshop(catalogue: str) -> None:
     made = suite("webshop", catalogue=catalogue) if catalogue else suite("webshop", num_products=1000)
-    count = len(made.goods("synthetic").products)  # type: ignore[attr-defined]
+    count = len(made.goods("synthetic").products)
     for page in ("text", "text_rich", "short"):
         made = suite("webshop", catalogue=catalogue, num_products=0 if catalogue else 1000, page=page)
         rates = [webshop_rate(made, seed) for seed in range(ROUNDS)]
@@ -111,7 +113,7 @@ def webshop_rate(made: Any, seed: int, episodes: int = 200) -> float:
 
 
 def large_catalogue() -> None:
-    goods = suite("webshop", num_products=LARGE).goods("synthetic")  # type: ignore[attr-defined]
+    goods = suite("webshop", num_products=LARGE).goods("synthetic")
     rng = random.Random(0)
     taken = []
     for _ in range(300):
