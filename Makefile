@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 BIN := .venv/bin
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: setup train test check format test-slow test-real clean
 
@@ -29,13 +30,13 @@ train: setup
 	$(BIN)/empo2 train coin --env.variations 14,26,45,94 --eval.train_variations 4 --eval.every 5 --train.steps 20
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 format: setup
 	$(BIN)/ruff format .
