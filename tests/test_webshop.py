@@ -19,6 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from empo2.config import EnvConfig
+from empo2.envs.base import suite_of
 from empo2.envs.webshop import goals, pages, products
 from empo2.envs.webshop.catalogue import Catalogue, in_memory
 from empo2.envs.webshop.environment import WebShopSuite
@@ -306,6 +308,11 @@ def test_limited_goals_are_the_originals(listed):
     limited = Catalogue(in_memory(listed), seed=1, limit_goals=3)
     assert list(limited.goals) == [every.goals[goal] for goal in wanted]
     assert len(Catalogue(in_memory(listed), seed=1, limit_goals=len(weights)).goals) == len(weights)
+
+
+def test_the_setting_limits_the_goals(folder):
+    made = suite_of(EnvConfig(name="webshop", tasks=["synthetic"], catalogue=str(folder), limit_goals=2))
+    assert made.variations("synthetic", "test") == (0, 1)
 
 
 def test_weights_of_goals():
